@@ -1,0 +1,1 @@
+"""Attacks on what the cloud received, floors to compare with, and how success is measured."""

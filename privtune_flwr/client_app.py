@@ -1,0 +1,192 @@
+"""What a device answers: one thin handler an action.
+
+Handlers leave clean representations and a ``device-only`` record in their reply; the mods take
+both out again (see :mod:`privtune_flwr.privacy.mods`). Nothing is kept in memory between two
+messages but caches keyed by content.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from privtune_flwr.bundle import BundleError, Manifest
+from privtune_flwr.config import load_run_config
+from privtune_flwr.data import tokenise
+from privtune_flwr.device import DeviceHome, Holdings, open_holdings
+from privtune_flwr.errors import Refusal
+from privtune_flwr.models import BottomModel, load_tokenizer
+from privtune_flwr.privacy.mods import artefact_path, device_home, egress_guard, privacy_mod
+from privtune_flwr.privacy.registry import create_mechanism
+from privtune_flwr.protocol import (
+    CLEAN,
+    DEVICE_ONLY,
+    LABELS,
+    METRICS,
+    RELEASE_HEADER,
+    SCHEMA_VERSION,
+    DescribeRequest,
+    EvaluateRequest,
+    ProvisionRequest,
+    ReleaseRequest,
+)
+from privtune_flwr.protocol.replies import DEVICE
+from privtune_flwr.protocol.requests import INQUIRY, PAYLOAD
+
+app = ClientApp(mods=[egress_guard, privacy_mod])
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Say what this device holds, or refuse the run's terms before any work is done."""
+    request = DescribeRequest.from_content(message.content)
+    home = device_home(context, request.run_id)
+    _check_terms(request, home)
+    home.policy.check_releases(request.epochs)
+    holdings = _holdings(context, home)
+    record = ConfigRecord(
+        {
+            "schema": SCHEMA_VERSION,
+            "run_id": request.run_id,
+            "device_id": home.device_id,
+            "train_examples": len(holdings.train.texts),
+            "eval_examples": len(holdings.evaluation.texts),
+            "label_names": "\n".join(holdings.label_names),
+            "held": ",".join(b for b in request.bundles.split(",") if b and home.bundles.holds(b)),
+            "policy": home.policy.model_dump_json(by_alias=True, exclude={"bottom_models"}),
+        }
+    )
+    return Message(RecordDict({DEVICE: record}), reply_to=message)
+
+
+@app.query("provision")
+def provision(message: Message, context: Context) -> Message:
+    """Keep one part of a bundle; verified by hash once the last one is there."""
+    request = ProvisionRequest.from_content(message.content)
+    home = device_home(context, request.run_id)
+    try:
+        manifest = Manifest.from_json(request.manifest)
+        if manifest.total_bytes > home.policy.max_bundle_bytes:
+            raise Refusal(
+                f"policy.max-bundle-bytes: the run sends {manifest.total_bytes}, "
+                f"allowed: {home.policy.max_bundle_bytes}"
+            )
+        data = message.content.array_records[PAYLOAD]["data"].numpy().tobytes()
+        if request.part == INQUIRY:
+            held = home.bundles.holds(manifest.id)
+        else:
+            held = home.bundles.receive(manifest, request.part, request.parts, data)
+    except BundleError as error:
+        # built from the cloud's own bytes only
+        raise Refusal(str(error)) from None
+    metrics = MetricRecord({"held": int(held)})
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+
+@app.train("release")
+def release(message: Message, context: Context) -> Message:
+    """Compute one chunk's representations; the privacy mod turns them into smashed data."""
+    request = ReleaseRequest.from_content(message.content)
+    home = device_home(context, request.run_id)
+    _check_terms(request, home)
+    if request.split not in ("train", "eval"):
+        raise Refusal(f"request.split = {request.split!r}: allowed: train, eval")
+    chunk = _holdings(context, home).chunk(request.split, request.chunk, request.chunk_size)
+    if not home.bundles.holds(request.bottom_id):
+        raise Refusal("request.bottom_id: this bottom model has not been provisioned")
+    start = time.perf_counter()
+    bottom, tokenizer = _bottom(home.bundles.path(request.bottom_id))
+    ids = tokenise(tokenizer, chunk.texts, request.max_length)
+    hidden = bottom.encode(ids)
+    seconds = time.perf_counter() - start
+    keys = np.stack([np.frombuffer(home.example_key(t), dtype=np.uint8) for t in chunk.texts])
+    content = RecordDict(
+        {
+            CLEAN: ArrayRecord(
+                {
+                    "hidden": Array(np.concatenate(hidden)),
+                    "lengths": Array(np.array([len(i) for i in ids], dtype=np.uint16)),
+                }
+            ),
+            DEVICE_ONLY: ArrayRecord(
+                {"token-ids": Array(np.concatenate(ids)), "examples": Array(keys)}
+            ),
+            RELEASE_HEADER: ConfigRecord(
+                {
+                    "schema": SCHEMA_VERSION,
+                    "run_id": request.run_id,
+                    "device_id": home.device_id,
+                    "split": request.split,
+                    "chunk": request.chunk,
+                    "epoch": request.epoch,
+                    "examples": len(chunk.texts),
+                    "hidden": bottom.hidden_size,
+                    "mechanism": request.spec.id,
+                    "wire": request.wire,
+                }
+            ),
+            METRICS: MetricRecord({"seconds_bottom": seconds}),
+        }
+    )
+    if request.labels and request.split == "train":
+        content[LABELS] = ArrayRecord({"labels": Array(np.array(chunk.labels, dtype=np.int32))})
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Hold the top model's logits against the labels that never left; answer with sums only."""
+    request = EvaluateRequest.from_content(message.content)
+    home = device_home(context, request.run_id)
+    labels = _holdings(context, home).evaluation.labels
+    logits_BC = message.content.array_records[PAYLOAD]["logits"].numpy()
+    if request.split != "eval" or len(logits_BC) != len(labels) or logits_BC.ndim != 2:
+        raise Refusal(f"request.examples: this device has {len(labels)} evaluation examples")
+    if len(labels) < home.policy.min_metric_examples:
+        raise Refusal(
+            f"policy.min-metric-examples: {len(labels)} examples, "
+            f"a metric must cover {home.policy.min_metric_examples}"
+        )
+    logits = torch.from_numpy(logits_BC.astype(np.float32))
+    target = torch.tensor(labels)
+    metrics = MetricRecord(
+        {
+            "examples": len(labels),
+            "correct": int((logits.argmax(1) == target).sum()),
+            "loss_sum": float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")),
+        }
+    )
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+
+def _check_terms(request: DescribeRequest | ReleaseRequest, home: DeviceHome) -> None:
+    """Hold the run's terms against the policy. The privacy mod checks the strength once more."""
+    home.policy.check_bottom(request.bottom_id)
+    home.policy.check_labels(request.labels)
+    spec = request.spec
+    if spec.artefact and not home.bundles.holds(spec.artefact):
+        # the strength of an artefact is known once it is here; until then its declared one counts
+        declared = spec.params.get("eta")
+        home.policy.check_mechanism(
+            spec.name, float(declared) if isinstance(declared, int | float) else None
+        )
+    else:
+        mechanism = create_mechanism(spec, artefact_path(home, spec.artefact))
+        home.policy.check_mechanism(mechanism.name, mechanism.eta_max)
+
+
+def _holdings(context: Context, home: DeviceHome) -> Holdings:
+    return open_holdings(load_run_config(context.run_config), context.node_config, home)
+
+
+@lru_cache(maxsize=1)
+def _bottom(folder: Path) -> tuple[BottomModel, Any]:
+    # a cache only: the folder's name is the hash of its content
+    return BottomModel.load(folder), load_tokenizer(folder)

@@ -1,0 +1,232 @@
+"""The cloud's side of a run before any device is asked: bottom model, mechanism, decoder, test set.
+
+Everything here is made from public things: a public model, public text, the run configuration.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from privtune_flwr.assets import cache_root
+from privtune_flwr.bundle import BundleCache, Manifest
+from privtune_flwr.codec import get_codec
+from privtune_flwr.config import RunConfig
+from privtune_flwr.data import load_public_text, load_source, split_source, tokenise
+from privtune_flwr.models import (
+    BottomModel,
+    CutModel,
+    apply_lora,
+    cut_model,
+    parameter_groups,
+    resolve_model,
+)
+from privtune_flwr.privacy.base import Mechanism, MechanismSpec
+from privtune_flwr.privacy.keyed import keyed_generator
+from privtune_flwr.privacy.public import PublicKnowledge
+from privtune_flwr.privacy.registry import create_mechanism, mechanism_class
+from privtune_flwr.training.store import SmashedStore
+from privtune_flwr.training.trainer import TopModelTrainer
+
+Rows = npt.NDArray[np.float32]
+TEST_CHUNK = 256
+TEST_DEVICE = "cloud"
+
+
+@dataclass
+class CloudSide:
+    """What the cloud prepared.
+
+    Attributes
+    ----------
+    config : RunConfig
+    bottom : BottomModel
+        Also the cloud's own copy: it made the bundle, and runs public text through it.
+    bundles : list of (Manifest, Path)
+        Bottom model first, then the mechanism's public artefact if it has one.
+    spec : MechanismSpec
+        What devices are asked to use.
+    mechanism : Mechanism
+        The cloud's instance, for public text.
+    public : PublicKnowledge
+        Bank, counts and rows of public text.
+    seconds : dict
+        Time spent on preparation and on the cloud's post-processing.
+    """
+
+    config: RunConfig
+    bottom: BottomModel
+    bundles: list[tuple[Manifest, Path]]
+    spec: MechanismSpec
+    mechanism: Mechanism
+    public: PublicKnowledge
+    seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "decode": 0.0})
+
+    @property
+    def bottom_id(self) -> str:
+        """Hash of the bottom model's bundle."""
+        return self.bundles[0][0].id
+
+    @property
+    def store_dtype(self) -> str:
+        """How received rows are kept."""
+        return "float32" if self.config.privacy.wire.startswith("float32") else "float16"
+
+    @property
+    def uses_decoder(self) -> bool:
+        """Whether received rows are un-shifted: asked for, and there is a shift to undo."""
+        return self.config.privacy.decoder and self.mechanism.shift() is not None
+
+    def decoder(self) -> Callable[[Rows], Rows] | None:
+        """Build the decoder: post-processing, so it costs the devices no privacy.
+
+        It uses p* and the noise law. One cloud, one knowledge: the attacker has them as well.
+        """
+        if not self.uses_decoder:
+            return None
+        from privtune_flwr.privacy.privtune.posterior import ShiftPosterior
+
+        posterior = ShiftPosterior.fit(self.mechanism, self.public)
+
+        def decode(rows_ND: Rows) -> Rows:
+            start = time.perf_counter()
+            decoded = posterior.unshift(rows_ND)
+            self.seconds["decode"] += time.perf_counter() - start
+            return decoded
+
+        return decode
+
+    def build_top(self, labels: Sequence[str]) -> tuple[CutModel, TopModelTrainer]:
+        """Cut the model again, now with a head for these classes, and set its training up."""
+        model, train = self.config.model, self.config.train
+        cut = cut_model(
+            resolve_model(model.name),
+            cut=model.cut,
+            num_labels=len(labels),
+            head=model.head,
+            seed=self.config.run.seed,
+            labels=labels,
+        )
+        if model.tuning == "lora":
+            apply_lora(cut.top, model)
+        groups = parameter_groups(
+            cut.top,
+            lr=train.learning_rate,
+            head_lr=train.head_learning_rate,
+            weight_decay=train.weight_decay,
+        )
+        return cut, TopModelTrainer(cut.top, groups, train, seed=self.config.run.seed)
+
+    def add_test_set(self, store: SmashedStore, labels: Sequence[str]) -> int:
+        """Send the public test set through bottom model, mechanism and wire into the store.
+
+        It is perturbed as a device's query would be, with a generator of the cloud's own: the
+        accuracy on it is that of a private query, not of a clean one.
+
+        Returns
+        -------
+        int
+            Its examples; 0 with ``data.test-source = none``.
+        """
+        data = self.config.data
+        if data.test_source == "none" or data.test_examples == 0:
+            return 0
+        source = load_source(
+            data.source,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            labels=[name for name in data.labels.split(",") if name],
+        )
+        test = split_source(source, data, seed=self.config.run.seed).test
+        if test is None:
+            return 0
+        names = test.features["label"].names
+        position = [list(labels).index(name) for name in names]
+        ids = tokenise(self.bottom.tokenizer, list(test["text"]), self.config.model.max_length)
+        codec = get_codec(self.config.privacy.wire)
+        key = b"the cloud's own public test set".ljust(32)
+        for chunk, start in enumerate(range(0, len(ids), TEST_CHUNK)):
+            if (TEST_DEVICE, "test", 0, chunk) in store:
+                continue
+            part = ids[start : start + TEST_CHUNK]
+            rows = [
+                self.mechanism.perturb(
+                    hidden, i, keyed_generator(key, self.config.run.seed, start + n)
+                )
+                for n, (hidden, i) in enumerate(
+                    zip(self.bottom.encode(part), part, strict=True)
+                )
+            ]
+            lengths = np.array([len(i) for i in part], dtype=np.uint16)
+            rows_ND = codec.decode(codec.encode(np.concatenate(rows), lengths), lengths)
+            wanted = [position[int(v)] for v in test["label"][start : start + TEST_CHUNK]]
+            store.append((TEST_DEVICE, "test", 0, chunk), rows_ND, lengths.tolist(), wanted)
+        return len(ids)
+
+
+def prepare_cloud(config: RunConfig) -> CloudSide:
+    """Cut the model, make its bundle, and design the mechanism from public text.
+
+    Raises
+    ------
+    ModelError, MechanismError, DataError, AssetError
+        Before any device is asked, naming the key and what is allowed.
+    """
+    start = time.perf_counter()
+    # apart from the simulated devices' shared cache: what they hold must have been provisioned
+    cache = BundleCache(cache_root() / "cloud-bundles")
+    cut = cut_model(
+        resolve_model(config.model.name),
+        cut=config.model.cut,
+        num_labels=2,
+        head=config.model.head,
+        seed=config.run.seed,
+    )
+    _check_length(config, cut.bottom)
+    bundles = [_bundle(cache, cut.bottom.save)]
+    public = PublicKnowledge(
+        cut.bottom,
+        cut.tokenizer,
+        load_public_text(config.data.public_corpora),
+        cache_root(),
+        bottom_id=bundles[0][0].id,
+        max_length=config.model.max_length,
+    )
+    specs: list[MechanismSpec] = []
+
+    def design(folder: Path) -> None:
+        kind = mechanism_class(config.privacy.mechanism)
+        specs.append(kind.design(config.privacy, public, folder))
+
+    artefact = _bundle(cache, design)
+    spec = specs[0]
+    if spec.artefact:
+        bundles.append(artefact)
+    mechanism = create_mechanism(spec, artefact[1] if spec.artefact else None)
+    side = CloudSide(config, cut.bottom, bundles, spec, mechanism, public)
+    side.seconds["prepare"] = time.perf_counter() - start
+    return side
+
+
+def _check_length(config: RunConfig, bottom: BottomModel) -> None:
+    from privtune_flwr.models import ModelError
+
+    limit = bottom.max_positions
+    if limit is not None and config.model.max_length > limit:
+        raise ModelError(
+            f"model.max-length = {config.model.max_length}: this model has {limit} positions"
+        )
+
+
+def _bundle(cache: BundleCache, write: Callable[[Path], Any]) -> tuple[Manifest, Path]:
+    with tempfile.TemporaryDirectory(dir=cache.root) as folder:
+        write(Path(folder))
+        manifest = cache.add_folder(Path(folder))
+    return manifest, cache.path(manifest.id)

@@ -1,0 +1,1 @@
+"""Mechanisms, their registry, keyed noise and public knowledge."""

@@ -1,0 +1,1 @@
+"""The mechanism ``privtune`` (*reconstruction*): bank, graph, targets, importance, posterior."""

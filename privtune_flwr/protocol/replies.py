@@ -1,0 +1,301 @@
+"""What a device answers, and the checks it must pass on both sides of the network.
+
+The egress guard calls :func:`check_release` before a reply leaves, the cloud calls it again before
+it touches a value. Shape legend: B sentences, N tokens of all of them, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, RecordDict
+
+from privtune_flwr.codec import get_codec
+from privtune_flwr.errors import InvalidReplyError
+from privtune_flwr.protocol.requests import SCHEMA_VERSION, ReleaseRequest
+
+SMASHED = "smashed"
+LABELS = "labels"
+RELEASE_HEADER = "release"
+METRICS = "metrics"
+DEVICE = "device"
+# between handler and privacy mod only; the guard refuses both
+CLEAN = "clean"
+DEVICE_ONLY = "device-only"
+
+MARK = "mark"
+HEADER_TYPES: dict[str, type] = {
+    "schema": int,
+    "run_id": str,
+    "device_id": str,
+    "split": str,
+    "chunk": int,
+    "epoch": int,
+    "examples": int,
+    "hidden": int,
+    "mechanism": str,
+    "wire": str,
+}
+DESCRIPTION_TYPES: dict[str, type] = {
+    "schema": int,
+    "run_id": str,
+    "device_id": str,
+    "train_examples": int,
+    "eval_examples": int,
+    "label_names": str,
+    "held": str,
+    "policy": str,
+}
+RELEASE_METRICS = (
+    "seconds_bottom",
+    "seconds_mechanism",
+    "seconds_codec",
+    "noise_norm_sum",
+    "tokens",
+    "eta_max",
+    "new_releases",
+    "spent_releases",
+    "spent_max_per_example",
+    "spent_eta_sum_max",
+    "peak_memory_bytes",
+)
+EVALUATE_METRICS = ("examples", "correct", "loss_sum")
+MAX_LABELS = 10_000
+# npy header on top of the values
+_ARRAY_OVERHEAD = 1024
+
+
+@dataclass(frozen=True)
+class ReceivedChunk:
+    """A reply that passed every check, decoded.
+
+    Attributes
+    ----------
+    rows_ND : float32 array (N, D)
+    lengths_B : uint16 array (B,)
+    labels_B : int32 array (B,) or None
+    metrics : dict
+        Counters and seconds, all finite.
+    """
+
+    rows_ND: npt.NDArray[np.float32]
+    lengths_B: npt.NDArray[np.uint16]
+    labels_B: npt.NDArray[np.int32] | None
+    metrics: dict[str, float]
+
+
+def _require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise InvalidReplyError(reason)
+
+
+def _check_header(record: dict[str, Any], types: dict[str, type], name: str) -> None:
+    _require(set(record) == set(types), f"{name}: keys are not those of the schema")
+    for key, kind in types.items():
+        _require(type(record[key]) is kind, f"{name}.{key}: wrong type")
+        if kind is str:
+            _require(len(record[key]) <= 4096, f"{name}.{key}: too long")
+    _require(record["schema"] == SCHEMA_VERSION, f"{name}.schema: wrong version")
+
+
+def read_metrics(content: RecordDict, allowed: Collection[str]) -> dict[str, float]:
+    """Read the metrics record: known names and finite numbers only.
+
+    Raises
+    ------
+    InvalidReplyError
+        Otherwise, or if the record is missing.
+    """
+    record = content.metric_records.get(METRICS)
+    _require(record is not None, "metrics: missing")
+    assert record is not None
+    _require(set(record) <= set(allowed), "metrics: a name is not in the schema")
+    values: dict[str, float] = {}
+    for key, value in record.items():
+        _require(isinstance(value, int | float), f"metrics.{key}: not a number")
+        assert isinstance(value, int | float)
+        _require(math.isfinite(value), f"metrics.{key}: not finite")
+        values[key] = float(value)
+    return values
+
+
+def read_arrays(
+    record: ArrayRecord, schema: dict[str, tuple[str, tuple[int, ...]]], name: str
+) -> dict[str, npt.NDArray[Any]]:
+    """Deserialise a record's arrays after checking what they claim, and again what they are.
+
+    Raises
+    ------
+    InvalidReplyError
+        On a missing or additional array, another dtype or shape, or more bytes than that takes.
+    """
+    _require(set(record) == set(schema), f"{name}: arrays are not those of the schema")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for key, (dtype, shape) in schema.items():
+        array = record[key]
+        _require(array.dtype == dtype, f"{name}.{key}: dtype {array.dtype[:16]}, must be {dtype}")
+        _require(tuple(array.shape) == shape, f"{name}.{key}: wrong shape")
+        # checked before a byte is parsed: an oversized blob is never expanded
+        limit = math.prod(shape) * np.dtype(dtype).itemsize + _ARRAY_OVERHEAD
+        _require(len(array.data) <= limit, f"{name}.{key}: oversize")
+        try:
+            value = array.numpy()
+        except (ValueError, TypeError, EOFError, OSError, SyntaxError):
+            raise InvalidReplyError(f"{name}.{key}: cannot be read") from None
+        _require(
+            str(value.dtype) == dtype and value.shape == shape, f"{name}.{key}: not what it claims"
+        )
+        arrays[key] = value
+    return arrays
+
+
+def check_release(
+    content: RecordDict, request: ReleaseRequest, *, hidden: int, num_labels: int, marked: bool
+) -> dict[str, npt.NDArray[Any]]:
+    """Check a release against what was asked.
+
+    Parameters
+    ----------
+    content : RecordDict
+        The reply's content.
+    request : ReleaseRequest
+        What was asked.
+    hidden : int
+        Hidden size at the cut.
+    num_labels : int
+        Classes; labels must lie below.
+    marked : bool
+        On the device the header still bears the mechanism's mark; on the wire it must not.
+
+    Returns
+    -------
+    dict of arrays
+        The codec's arrays, ``lengths`` and, where asked for, ``labels``.
+
+    Raises
+    ------
+    InvalidReplyError
+        Naming the rule that is broken.
+    """
+    expected = {SMASHED, RELEASE_HEADER, METRICS}
+    wants_labels = request.labels and request.split == "train"
+    if wants_labels:
+        expected.add(LABELS)
+    _require(set(content) == expected, f"records: must be {', '.join(sorted(expected))}")
+    _require(
+        set(content.array_records) == expected & {SMASHED, LABELS}
+        and set(content.config_records) == {RELEASE_HEADER},
+        "records: of the wrong kind",
+    )
+    read_metrics(content, RELEASE_METRICS)
+    header = dict(content.config_records[RELEASE_HEADER])
+    if marked:
+        _require(isinstance(header.pop(MARK, None), bytes), f"{RELEASE_HEADER}.mark: missing")
+    _check_header(header, HEADER_TYPES, RELEASE_HEADER)
+    _require(header["run_id"] == request.run_id, f"{RELEASE_HEADER}.run_id: another run")
+    asked = {"split": request.split, "chunk": request.chunk, "epoch": request.epoch}
+    _require(all(header[k] == v for k, v in asked.items()), "wrong chunk: not what was asked for")
+    _require(header["mechanism"] == request.spec.id, f"{RELEASE_HEADER}.mechanism: another one")
+    _require(header["wire"] == request.wire, f"{RELEASE_HEADER}.wire: another format")
+    _require(header["hidden"] == hidden, f"{RELEASE_HEADER}.hidden: must be {hidden}")
+    examples = int(header["examples"])
+    _require(0 < examples <= request.chunk_size, f"{RELEASE_HEADER}.examples: out of range")
+    return _read_payload(content, request, examples, hidden, num_labels if wants_labels else 0)
+
+
+def _read_payload(
+    content: RecordDict, request: ReleaseRequest, examples: int, hidden: int, num_labels: int
+) -> dict[str, npt.NDArray[Any]]:
+    smashed = content.array_records[SMASHED]
+    _require("lengths" in smashed, f"{SMASHED}.lengths: missing")
+    lengths_schema = {"lengths": ("uint16", (examples,))}
+    lengths_B = read_arrays(
+        ArrayRecord({"lengths": smashed["lengths"]}), lengths_schema, SMASHED
+    )["lengths"]
+    _require(
+        bool(lengths_B.min() > 0) and int(lengths_B.max()) <= request.max_length,
+        f"{SMASHED}.lengths: outside 1..{request.max_length}",
+    )
+    schema = get_codec(request.wire).schema(lengths_B, hidden) | lengths_schema
+    arrays = read_arrays(smashed, schema, SMASHED)
+    for key, value in arrays.items():
+        if np.issubdtype(value.dtype, np.floating):
+            _require(bool(np.isfinite(value).all()), f"{SMASHED}.{key}: NaN or Inf")
+    if num_labels:
+        labels = read_arrays(
+            content.array_records[LABELS], {"labels": ("int32", (examples,))}, LABELS
+        )
+        inside = (labels["labels"] >= 0) & (labels["labels"] < num_labels)
+        _require(bool(inside.all()), f"{LABELS}: outside 0..{num_labels - 1}")
+        arrays |= labels
+    return arrays
+
+
+def read_release(
+    content: RecordDict,
+    request: ReleaseRequest,
+    *,
+    device_id: str,
+    examples: int,
+    hidden: int,
+    num_labels: int,
+) -> ReceivedChunk:
+    """Validate and decode a release in the cloud.
+
+    Parameters
+    ----------
+    content, request
+        The reply's content and what was asked.
+    device_id : str
+        Who was asked.
+    examples : int
+        Examples that the device's own description promises for this chunk.
+    hidden, num_labels : int
+        As in :func:`check_release`.
+
+    Raises
+    ------
+    InvalidReplyError
+        The reason for the quarantine.
+    """
+    arrays = check_release(
+        content, request, hidden=hidden, num_labels=num_labels, marked=False
+    )
+    header = content.config_records[RELEASE_HEADER]
+    _require(header["device_id"] == device_id, f"{RELEASE_HEADER}.device_id: another device")
+    _require(
+        header["examples"] == examples,
+        f"{RELEASE_HEADER}.examples: not the number that the device described",
+    )
+    lengths_B = arrays.pop("lengths")
+    labels_B = arrays.pop("labels", None)
+    rows_ND = get_codec(request.wire).decode(arrays, lengths_B)
+    _require(bool(np.isfinite(rows_ND).all()), f"{SMASHED}: NaN or Inf after decoding")
+    return ReceivedChunk(rows_ND, lengths_B, labels_B, read_metrics(content, RELEASE_METRICS))
+
+
+def read_description(content: RecordDict, run_id: str) -> dict[str, Any]:
+    """Validate the reply to a describe request.
+
+    Raises
+    ------
+    InvalidReplyError
+        Naming what is wrong.
+    """
+    _require(set(content) == {DEVICE}, f"records: must be {DEVICE}")
+    _require(set(content.config_records) == {DEVICE}, "records: of the wrong kind")
+    record = dict(content.config_records[DEVICE])
+    _check_header(record, DESCRIPTION_TYPES, DEVICE)
+    _require(record["run_id"] == run_id, f"{DEVICE}.run_id: another run")
+    for key in ("train_examples", "eval_examples"):
+        value = record[key]
+        assert isinstance(value, int)
+        _require(0 <= value <= 10**9, f"{DEVICE}.{key}: out of range")
+    names = str(record["label_names"]).split("\n")
+    _require(2 <= len(names) <= MAX_LABELS, f"{DEVICE}.label_names: needs at least two classes")
+    return record

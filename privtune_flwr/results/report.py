@@ -1,0 +1,106 @@
+"""The closing record of a run: ``results.json``."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from privtune_flwr.config import flatten
+from privtune_flwr.privacy.mods import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from strategies.split import SplitTuning
+
+_PACKAGES = ("privtune-flwr", "flwr", "torch", "transformers", "datasets", "peft", "numpy", "ray")
+_FINAL = ("test_accuracy", "test_loss", "eval_accuracy", "eval_loss", "eval_examples", "loss")
+_SUMMED = ("seconds_bottom", "seconds_mechanism", "seconds_codec", "seconds_wire", "seconds_top",
+           "seconds_decode")
+
+
+def build_results(strategy: SplitTuning) -> dict[str, Any]:
+    """Gather what a finished run has to tell.
+
+    Returns
+    -------
+    dict
+        Final metrics, seconds by stage, traffic, privacy, devices left out, versions and the whole
+        configuration. Accuracy is a share, seconds are summed over devices where devices compute,
+        bytes are those of Flower's serialised content.
+    """
+    progress, cloud = strategy.progress, strategy.cloud
+    rounds = progress.rounds
+    last = rounds[-1] if rounds else {}
+    examples = sum(int(r.get("examples_new", 0)) for r in rounds)
+    up = sum(t["up"] for t in progress.traffic.values())
+    return {
+        "name": strategy.folder.name,
+        "final": {key: last[key] for key in _FINAL if key in last},
+        "rounds": len(rounds),
+        "steps": strategy.trainer.steps,
+        "devices": {
+            "used": len({c.device for c in strategy.store if c.split == "train"}),
+            "quarantined": progress.quarantined,
+            "refused": progress.refused,
+        },
+        "examples": {
+            "train_received": examples,
+            "train_described": sum(strategy.fleet.train.values()),
+            "test": len(strategy._test),
+        },
+        "traffic": {
+            "devices": progress.traffic,
+            "bytes_up": up,
+            "bytes_down": sum(t["down"] for t in progress.traffic.values()),
+            "messages": sum(t["messages"] for t in progress.traffic.values()),
+            "bytes_up_per_train_example": up / examples if examples else None,
+            "store_bytes": strategy.store.nbytes,
+        },
+        "seconds": {
+            **{k.removeprefix("seconds_"): sum(r.get(k, 0.0) for r in rounds) for k in _SUMMED},
+            "prepare": cloud.seconds["prepare"],
+            "total": progress.seconds,
+        },
+        "memory": {
+            "driver_peak_bytes": peak_memory_bytes(),
+            "device_peak_bytes": max((r.get("peak_memory_bytes", 0) for r in rounds), default=0),
+        },
+        "privacy": _privacy(strategy),
+        "versions": _versions(),
+        "config": flatten(cloud.config),
+    }
+
+
+def _privacy(strategy: SplitTuning) -> dict[str, Any]:
+    rounds, cloud = strategy.progress.rounds, strategy.cloud
+    guarantee = cloud.mechanism.guarantee()
+    tokens = sum(r.get("tokens", 0) for r in rounds)
+    norm = sum(r.get("noise_norm_sum", 0.0) for r in rounds)
+    # the unit needs the bank, which a mechanism without parameters in units never built
+    unit = cloud.spec.params.get("unit")
+    mean = norm / tokens if tokens else None
+    return {
+        "mechanism": cloud.mechanism.name,
+        "spec": cloud.spec.to_json(),
+        "metric": guarantee.metric,
+        "adversary": guarantee.adversary,
+        "statement": guarantee.statement,
+        "eta_max": guarantee.eta,
+        "mean_noise_norm": mean,
+        "unit": unit,
+        "mean_noise_norm_units": mean / float(unit) if mean is not None and unit else None,
+        "releases_per_example": max((r.get("spent_max_per_example", 0) for r in rounds), default=0),
+        "spent_eta_per_token": max((r.get("spent_eta_sum_max", 0.0) for r in rounds), default=0.0),
+        "decoder": cloud.uses_decoder,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            # the app may run from Flower's copy without being installed
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,143 @@
+"""Messages out, replies in, without blocking the cloud in between.
+
+Flower's ``send_and_receive`` waits; here a round's messages are posted, the cloud trains, and the
+replies are collected afterwards. A node never has two messages outstanding.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from privtune_flwr.protocol import to_message, wire_bytes
+
+logger = logging.getLogger("privtune.cloud")
+
+POLL_SECONDS = 0.1
+# our device's own codes start here; below are Flower's, which speak of transport and crashes
+_OWN_CODES = 100
+
+
+class Traffic:
+    """Bytes and messages of each node, counted on Flower's serialised content."""
+
+    def __init__(self, totals: dict[str, dict[str, int]]) -> None:
+        self.totals = totals
+
+    def add(self, name: str, *, up: int = 0, down: int = 0, messages: int = 0) -> None:
+        """Add to a device's account."""
+        account = self.totals.setdefault(name, {"up": 0, "down": 0, "messages": 0})
+        account["up"] += up
+        account["down"] += down
+        account["messages"] += messages
+
+
+class Exchange:
+    """One group of messages on its way at a time, at most one a node.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid.
+    timeout : float
+        Seconds to wait for a group's replies.
+    traffic : Traffic
+        Where bytes are counted, under the names in ``names``.
+    """
+
+    def __init__(self, grid: Grid, *, timeout: float, traffic: Traffic) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self.traffic = traffic
+        self._outstanding: dict[int, Message] = {}
+        self._ids: set[str] = set()
+        self.names: dict[int, str] = {}
+        self.seconds_waited = 0.0
+
+    def post(self, messages: Iterable[Message]) -> None:
+        """Send a group and return at once.
+
+        Raises
+        ------
+        RuntimeError
+            If the previous group has not been collected.
+        """
+        if self._outstanding:
+            raise RuntimeError("the previous messages have not been collected")
+        self._send(list(messages))
+
+    def _send(self, messages: list[Message]) -> None:
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self._outstanding[node] = message
+            down = wire_bytes(message.content)
+            self.traffic.add(self._name(node), down=down, messages=1)
+        self._ids = {i for i in self._grid.push_messages(messages) if i}
+
+    def _name(self, node: int) -> str:
+        return self.names.get(node, f"node-{node}")
+
+    def collect(self) -> dict[int, Message | None]:
+        """Wait for the group's replies; a message that found no answer is sent once more.
+
+        Returns
+        -------
+        dict
+            Node id to its reply; None where none came in time, twice.
+        """
+        start = time.monotonic()
+        asked = list(self._outstanding)
+        replies = self._pull()
+        again = [
+            self._outstanding[node] for node in asked if _lost_on_the_way(replies.get(node))
+        ]
+        if again:
+            logger.warning("%d messages found no answer and are sent once more", len(again))
+            self._send([_copy(message) for message in again])
+            replies |= self._pull()
+        self._outstanding = {}
+        self.seconds_waited += time.monotonic() - start
+        return {node: replies.get(node) for node in asked}
+
+    def _pull(self) -> dict[int, Message]:
+        replies: dict[int, Message] = {}
+        deadline = time.monotonic() + self._timeout
+        while self._ids and time.monotonic() < deadline:
+            for reply in self._grid.pull_messages(self._ids):
+                self._ids.discard(reply.metadata.reply_to_message_id)
+                node = reply.metadata.src_node_id
+                replies[node] = reply
+                if reply.has_content():
+                    self.traffic.add(self._name(node), up=wire_bytes(reply.content))
+            if self._ids:
+                time.sleep(POLL_SECONDS)
+        self._ids = set()
+        return replies
+
+    def ask(self, messages: Iterable[Message]) -> Mapping[int, Message | None]:
+        """Post a group and wait for it."""
+        self.post(messages)
+        return self.collect()
+
+
+def _lost_on_the_way(reply: Message | None) -> bool:
+    return reply is None or (reply.has_error() and reply.error.code < _OWN_CODES)
+
+
+def _copy(message: Message) -> Message:
+    return to_message(
+        message.content, message.metadata.dst_node_id, message.metadata.message_type
+    )
+
+
+def failure(reply: Message | None) -> str | None:
+    """Say why a reply is no answer; None if it is one."""
+    if reply is None:
+        return "no reply in time"
+    if reply.has_error():
+        return (reply.error.reason or f"error {reply.error.code}").strip()[:500]
+    return None

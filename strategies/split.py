@@ -1,0 +1,438 @@
+"""Split tuning: devices release once, the cloud trains one shared top model.
+
+Flower's base class has five methods and a loop that waits for every message. The five methods are
+kept, so that wrappers compose; the loop is replaced, because a round must overlap with the next
+one's messages, survive a kill, and outlive a device that misbehaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from privtune_flwr.cloud import TEST_DEVICE, CloudSide
+from privtune_flwr.config import RunConfig
+from privtune_flwr.errors import InvalidReplyError, RunError
+from privtune_flwr.models import CutModel
+from privtune_flwr.protocol import (
+    DescribeRequest,
+    EvaluateRequest,
+    ReleaseRequest,
+    read_metrics,
+    read_release,
+    to_message,
+)
+from privtune_flwr.protocol.replies import EVALUATE_METRICS
+from privtune_flwr.results.run_folder import RunFolder
+from privtune_flwr.training import checkpoint
+from privtune_flwr.training.plan import Ask, Plan, make_plan
+from privtune_flwr.training.store import Example, SmashedStore
+from privtune_flwr.training.trainer import TopModelTrainer, accuracy_and_loss
+from strategies.exchange import Exchange, Traffic, failure
+from strategies.fleet import Fleet, describe, provision, wait_for_nodes
+
+logger = logging.getLogger("privtune.cloud")
+
+DEVICE_SECONDS = ("seconds_bottom", "seconds_mechanism", "seconds_codec")
+
+
+class SplitTuning(Strategy):
+    """Release once, train in the cloud for any number of epochs.
+
+    Parameters
+    ----------
+    cloud : CloudSide
+        Bottom model, mechanism and decoder, prepared.
+    folder : RunFolder
+        Where the run lives.
+    """
+
+    def __init__(self, cloud: CloudSide, folder: RunFolder) -> None:
+        self.cloud = cloud
+        self.config: RunConfig = cloud.config
+        self.folder = folder
+        self.fleet = Fleet()
+        self.progress = checkpoint.Progress()
+        self.store = SmashedStore(
+            folder.store,
+            hidden=cloud.bottom.hidden_size,
+            dtype=cloud.store_dtype,
+            decoder=cloud.decoder(),
+        )
+        # set in start(), once the devices have said which classes there are
+        self.model: CutModel
+        self.trainer: TopModelTrainer
+        self.plan: Plan
+        self._exchange: Exchange
+        self._asked: dict[int, Ask] = {}
+        self._test: list[Example] = []
+
+    # ------------------------------------------------------------------ Flower's five methods
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask for this round's chunks of the devices that are still usable.
+
+        Chunks that are already in the store (a resumed run) are not asked for again.
+        """
+        return self._requests(self.plan.rounds[server_round - 1].asks)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Validate replies and keep what they carry; quarantine the senders of bad ones."""
+        received = {reply.metadata.src_node_id: reply for reply in replies}
+        return None, MetricRecord(self._ingest({n: received.get(n) for n in self._asked}))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send each device the top model's logits for the evaluation examples it released."""
+        messages: list[Message] = []
+        by_device: dict[str, list[Example]] = {}
+        for ask in self._present(ask for wave in self.plan.evaluation for ask in wave):
+            by_device.setdefault(ask.device, []).extend(self.store.examples(ask.key))
+        for device, node in self.fleet.nodes.items():
+            examples = by_device.get(device, [])
+            if not examples or len(examples) != self.fleet.evaluation[device]:
+                continue
+            logits_BC = self.trainer.logits(self.store.training_rows(), examples)
+            request = EvaluateRequest(
+                run_id=self.folder.run_id, split="eval", examples=len(examples)
+            )
+            messages.append(to_message(request.to_content_with(logits_BC), node, request.action))
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Add up the devices' sums; a device that fails here is reported, not dropped."""
+        totals = {"examples": 0.0, "correct": 0.0, "loss_sum": 0.0}
+        for reply in replies:
+            device = self._exchange.names.get(reply.metadata.src_node_id, "unknown")
+            if why := failure(reply):
+                logger.warning("device %s did not evaluate: %s", device, why)
+                continue
+            try:
+                metrics = read_metrics(reply.content, EVALUATE_METRICS)
+            except InvalidReplyError as error:
+                logger.warning("device %s: evaluation ignored: %s", device, error)
+                continue
+            for key in totals:
+                totals[key] += metrics.get(key, 0.0)
+        if not totals["examples"]:
+            return None
+        return MetricRecord(
+            {
+                "eval_examples": int(totals["examples"]),
+                "eval_accuracy": totals["correct"] / totals["examples"],
+                "eval_loss": totals["loss_sum"] / totals["examples"],
+            }
+        )
+
+    def summary(self) -> None:
+        """Log what is about to happen."""
+        privacy, plan = self.config.privacy, self.plan
+        releases = sum(r.releases for r in plan.rounds)
+        logger.info(
+            "%d devices, %d training examples, %d release rounds and %d training rounds",
+            len(self.fleet.nodes), sum(self.fleet.train.values()), releases,
+            len(plan.rounds) - releases,
+        )
+        logger.info(
+            "model %s cut at %d, mechanism %s, release %s, wire %s, decoder %s",
+            self.config.model.name, self.config.model.cut, self.cloud.mechanism.name,
+            privacy.release_policy, privacy.wire, "on" if self.cloud.uses_decoder else "off",
+        )
+
+    # ------------------------------------------------------------------------------- the loop
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 0,
+        timeout: float = 0.0,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the federation to its end, or from its checkpoint to its end.
+
+        The number of rounds, the timeout and the rest come from the run configuration; Flower's
+        arguments are accepted so that wrappers can pass them on.
+
+        Raises
+        ------
+        RunError
+            If no device is usable.
+        """
+        started = time.monotonic()
+        self._exchange = Exchange(
+            grid, timeout=timeout or self.config.train.timeout, traffic=Traffic({})
+        )
+        self._gather(grid)
+        self._restore()
+        self.summary()
+        self._test = self._test_examples()
+        before = self.progress.seconds
+        if self.progress.round < 0:
+            self._release_evaluation_examples()
+            self._finish_round(0, before + time.monotonic() - started)
+        result = Result()
+        done = self.progress.round
+        if done < len(self.plan.rounds):
+            self._post(done + 1, grid)
+        for number in range(done + 1, len(self.plan.rounds) + 1):
+            record = self._run_round(number, grid)
+            result.train_metrics_clientapp[number] = MetricRecord(
+                {k: v for k, v in record.items() if isinstance(v, int | float)}
+            )
+            self._finish_round(number, before + time.monotonic() - started)
+        return result
+
+    def _gather(self, grid: Grid) -> None:
+        nodes = wait_for_nodes(grid, self.config.run)
+        request = DescribeRequest(
+            **self._terms(), bundles=",".join(manifest.id for manifest, _ in self.cloud.bundles)
+        )
+        self.fleet, held = describe(nodes, request, self._exchange)
+        for bundle in self.cloud.bundles:
+            provision(self.fleet, held, bundle, self.folder.run_id, self._exchange)
+        if not any(self.fleet.train.get(d) for d in self.fleet.nodes):
+            raise RunError(f"no usable device: {self._why_none()}")
+
+    def _why_none(self) -> str:
+        reasons = sorted({*self.fleet.refused.values(), *self.fleet.quarantined.values()})
+        return "; ".join(reasons[:5]) or "none of them holds a training example"
+
+    def _terms(self) -> dict[str, Any]:
+        per_epoch = self.config.privacy.release_policy == "per-epoch"
+        return {
+            "run_id": self.folder.run_id,
+            "bottom_id": self.cloud.bottom_id,
+            "mechanism": self.cloud.spec.to_json(),
+            "labels": self.config.privacy.labels == "shared",
+            "epochs": self.config.train.epochs if per_epoch else 1,
+        }
+
+    def _restore(self) -> None:
+        """Build top model and plan; take up a checkpoint where there is one.
+
+        The plan belongs to the devices of the run's first start, so their counts are kept: a
+        device that is absent now is skipped, its examples already released stay.
+        """
+        counts = self.folder.read_json("devices.json")
+        if counts is None:
+            counts = {
+                "train": {d: self.fleet.train[d] for d in self.fleet.nodes},
+                "evaluation": {d: self.fleet.evaluation[d] for d in self.fleet.nodes},
+                "labels": list(self.fleet.label_names),
+            }
+            self.folder.write_json("devices.json", counts)
+        self.plan = make_plan(counts["train"], counts["evaluation"], self.config)
+        self.model, self.trainer = self.cloud.build_top(counts["labels"])
+        restored = checkpoint.load(self.folder.checkpoint, self.trainer)
+        if restored is not None:
+            self.progress = restored
+            logger.info("resuming after round %d of %d", restored.round, len(self.plan.rounds))
+        # traffic of this start goes on top of what the checkpoint counted
+        for device, account in self._exchange.traffic.totals.items():
+            Traffic(self.progress.traffic).add(device, **account)
+        self._exchange.traffic.totals = self.progress.traffic
+        for device in counts["train"]:
+            changed = self.fleet.train.get(device) != counts["train"][device]
+            if device in self.fleet.nodes and changed:
+                self.fleet.drop(device, "its number of examples changed since the run began")
+            elif device not in self.fleet.nodes and device not in self.fleet.quarantined:
+                self.fleet.quarantined[device] = "absent when the run was resumed"
+        for device, reason in self.progress.quarantined.items():
+            if device in self.fleet.nodes:
+                self.fleet.drop(device, reason)
+        self.progress.quarantined |= self.fleet.quarantined
+        self.progress.refused |= self.fleet.refused
+
+    def _test_examples(self) -> list[Example]:
+        self.cloud.add_test_set(self.store, self.model.spec.labels)
+        keys = [c.key for c in self.store if c.device == TEST_DEVICE]
+        return [example for key in sorted(keys) for example in self.store.examples(key)]
+
+    def _release_evaluation_examples(self) -> None:
+        for wave in self.plan.evaluation:
+            self._exchange.post(self._requests(wave))
+            self._ingest(self._exchange.collect())
+
+    # ---------------------------------------------------------------------------- one round
+
+    def _post(self, number: int, grid: Grid) -> None:
+        """Send round ``number``'s messages, unless it has none."""
+        if number <= len(self.plan.rounds) and self.plan.rounds[number - 1].releases:
+            self._exchange.post(
+                self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+            )
+
+    def _run_round(self, number: int, grid: Grid) -> dict[str, Any]:
+        record: dict[str, Any] = {"round": number, "kind": "train"}
+        waited, decoded = self._exchange.seconds_waited, self.cloud.seconds["decode"]
+        if self.plan.rounds[number - 1].releases:
+            replies = self._exchange.collect()
+            _, metrics = self.aggregate_train(number, [r for r in replies.values() if r])
+            record |= {"kind": "release", **dict(metrics or {})}
+        if not self.fleet.nodes and not any(True for _ in self._present(self._all_asks())):
+            raise RunError(f"no usable device is left: {self._why_none()}")
+        # the next round's messages travel, and devices compute, while the cloud trains on this one
+        evaluates = self._due(number, self.config.train.evaluate_every)
+        if not evaluates:
+            self._post(number + 1, grid)
+        start = time.perf_counter()
+        record |= self._train(number)
+        record["seconds_top"] = time.perf_counter() - start
+        if self._due(number, self.config.train.test_every) and self._test:
+            logits_BC = self.trainer.logits(self.store.training_rows(), self._test)
+            accuracy, loss = accuracy_and_loss(logits_BC, [e.label for e in self._test])
+            record |= {"test_accuracy": accuracy, "test_loss": loss}
+        if evaluates:
+            record |= self._evaluate(number, grid)
+            self._post(number + 1, grid)
+        record["seconds_wire"] = self._exchange.seconds_waited - waited
+        record["seconds_decode"] = self.cloud.seconds["decode"] - decoded
+        self.progress.rounds.append(record)
+        return record
+
+    def _due(self, number: int, every: int) -> bool:
+        return number == len(self.plan.rounds) or bool(every and number % every == 0)
+
+    def _train(self, number: int) -> dict[str, Any]:
+        asks = list(self._present(self.plan.train_asks(number)))
+        examples = [example for ask in asks for example in self.store.examples(ask.key)]
+        if not examples:
+            return {"examples": 0}
+        steps = self.trainer.train_pass(
+            self.store.training_rows(),
+            examples,
+            round_number=number,
+            total_steps=self.trainer.steps + self._steps_to_come(number),
+        )
+        self.progress.steps += [[s.number, s.loss, s.learning_rate] for s in steps]
+        return {
+            "examples": len(examples),
+            "steps": len(steps),
+            "loss": sum(s.loss for s in steps) / len(steps),
+            "learning_rate": steps[-1].learning_rate,
+        }
+
+    def _steps_to_come(self, number: int) -> int:
+        """Steps from round ``number`` to the end, of devices that are still in the run."""
+        size = self.config.train.batch_size
+        total = 0
+        for later in range(number, len(self.plan.rounds) + 1):
+            asks = self.plan.train_asks(later)
+            expected = [a for a in asks if a.key in self.store or a.device in self.fleet.nodes]
+            total += -(-sum(a.examples for a in expected) // size)
+        return total
+
+    def _evaluate(self, number: int, grid: Grid) -> dict[str, Any]:
+        messages = self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid)
+        replies = self._exchange.ask(messages)
+        return dict(self.aggregate_evaluate(number, [r for r in replies.values() if r]) or {})
+
+    def _finish_round(self, number: int, seconds: float) -> None:
+        self.progress.round = number
+        self.progress.seconds = seconds
+        self.progress.quarantined |= self.fleet.quarantined
+        if self._saves_after(number):
+            checkpoint.save(self.folder.checkpoint, self.trainer, self.progress)
+            self.folder.write_jsonl("rounds.jsonl", self.progress.rounds)
+            self.folder.write_jsonl("steps.jsonl", self.progress.steps)
+        if number:
+            self._report(self.progress.rounds[-1])
+
+    def _saves_after(self, number: int) -> bool:
+        return True
+
+    def _report(self, record: Mapping[str, Any]) -> None:
+        numbers = " ".join(
+            f"{key.replace('_', ' ')} {record[key]:.4f}"
+            for key in ("loss", "test_accuracy", "eval_accuracy")
+            if key in record
+        )
+        logger.info(
+            "round %d/%d %s: %d examples, %s, %.1f s waiting, %.1f s training",
+            record["round"], len(self.plan.rounds), record["kind"], record.get("examples", 0),
+            numbers, record["seconds_wire"], record["seconds_top"],
+        )
+
+    # ------------------------------------------------------------------------ asking, keeping
+
+    def _all_asks(self) -> Iterable[Ask]:
+        return (ask for r in self.plan.rounds for ask in r.asks)
+
+    def _present(self, asks: Iterable[Ask]) -> Iterable[Ask]:
+        return (ask for ask in asks if ask.key in self.store)
+
+    def _request(self, ask: Ask) -> ReleaseRequest:
+        return ReleaseRequest(
+            **self._terms(),
+            split=ask.split,
+            chunk=ask.chunk,
+            chunk_size=self.config.privacy.chunk_size,
+            epoch=ask.epoch,
+            wire=self.config.privacy.wire,
+            max_length=self.config.model.max_length,
+        )
+
+    def _requests(self, asks: Iterable[Ask]) -> list[Message]:
+        messages: list[Message] = []
+        self._asked = {}
+        for ask in asks:
+            node = self.fleet.nodes.get(ask.device)
+            if node is None or ask.key in self.store:
+                continue
+            self._asked[node] = ask
+            request = self._request(ask)
+            messages.append(to_message(request.to_content(), node, request.action))
+        return messages
+
+    def _ingest(self, replies: Mapping[int, Message | None]) -> dict[str, float]:
+        """Keep the valid replies in plan order, quarantine the others, add their metrics up."""
+        totals: dict[str, float] = {"devices": 0, "examples_new": 0, "noise_norm_sum": 0.0}
+        for node, ask in self._asked.items():
+            reply = replies.get(node)
+            if why := failure(reply):
+                if why.startswith("refused"):
+                    self.progress.refused[ask.device] = why
+                self.fleet.drop(ask.device, why)
+                continue
+            assert reply is not None
+            try:
+                if ask.key in self.store:
+                    raise InvalidReplyError("replay: this chunk is already in the store")
+                chunk = read_release(
+                    reply.content,
+                    self._request(ask),
+                    device_id=ask.device,
+                    examples=ask.examples,
+                    hidden=self.cloud.bottom.hidden_size,
+                    num_labels=self.model.spec.num_labels,
+                )
+            except InvalidReplyError as error:
+                self.fleet.drop(ask.device, str(error))
+                continue
+            labels = None if chunk.labels_B is None else chunk.labels_B.tolist()
+            self.store.append(ask.key, chunk.rows_ND, chunk.lengths_B.tolist(), labels)
+            totals["devices"] += 1
+            totals["examples_new"] += ask.examples
+            for key, value in chunk.metrics.items():
+                largest = key.startswith(("spent", "eta_max", "peak"))
+                totals[key] = max(totals.get(key, 0.0), value) if largest else (
+                    totals.get(key, 0.0) + value
+                )
+        self._asked = {}
+        return totals
