@@ -160,9 +160,7 @@ class CloudSide:
                 self.mechanism.perturb(
                     hidden, i, keyed_generator(key, self.config.run.seed, start + n)
                 )
-                for n, (hidden, i) in enumerate(
-                    zip(self.bottom.encode(part), part, strict=True)
-                )
+                for n, (hidden, i) in enumerate(zip(self.bottom.encode(part), part, strict=True))
             ]
             lengths = np.array([len(i) for i in part], dtype=np.uint16)
             rows_ND = codec.decode(codec.encode(np.concatenate(rows), lengths), lengths)

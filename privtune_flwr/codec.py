@@ -68,7 +68,8 @@ class _Plain(Codec):
         limit = float(np.finfo(self.dtype).max)
         if rows_ND.size and float(np.abs(rows_ND).max()) > limit:
             raise CodecError(
-                f"privacy.wire = {self.name!r}: a value exceeds {limit:.0f}; use 'float32' or 'int8'"
+                f"privacy.wire = {self.name!r}: a value exceeds {limit:.0f}; "
+                "use 'float32' or 'int8'"
             )
         return {"values": rows_ND.astype(self.dtype)}
 

@@ -197,9 +197,7 @@ def _check_mechanism(name: str) -> None:
     from privtune_flwr.privacy.registry import mechanism_names
 
     if name not in mechanism_names():
-        raise ConfigError(
-            f"privacy.mechanism = {name!r}: allowed: {', '.join(mechanism_names())}"
-        )
+        raise ConfigError(f"privacy.mechanism = {name!r}: allowed: {', '.join(mechanism_names())}")
 
 
 def flatten(config: RunConfig) -> dict[str, Scalar]:
@@ -248,6 +246,8 @@ def _find_field(model: type[BaseModel], path: list[str]) -> tuple[type[BaseModel
 def _allowed(field: Any) -> str:
     if get_origin(field.annotation) is Literal:
         return ", ".join(json.dumps(v) for v in get_args(field.annotation))
-    bounds = [str(m).replace("Ge(", "at least (").replace("Le(", "at most (") for m in field.metadata]
+    bounds = [
+        str(m).replace("Ge(", "at least (").replace("Le(", "at most (") for m in field.metadata
+    ]
     kind = getattr(field.annotation, "__name__", str(field.annotation))
     return "; ".join([kind, *bounds, *([field.description] if field.description else [])])

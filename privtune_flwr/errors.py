@@ -7,7 +7,7 @@ class PrivTuneError(Exception):
     """Base of this project's errors. Its message stays on the machine it was raised on."""
 
 
-class Refusal(PrivTuneError):
+class Refusal(PrivTuneError):  # noqa: N818  (a decision of the device, not a fault)
     """The device declines what a run asks; the message names the bound and may leave the device.
 
     It is built from the request and the policy only, never from text, tokens or labels.

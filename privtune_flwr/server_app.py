@@ -19,7 +19,7 @@ from privtune_flwr.errors import PrivTuneError, RunError
 from privtune_flwr.models import ModelError, export
 from privtune_flwr.results.figure import draw_learning_curve
 from privtune_flwr.results.report import build_results
-from privtune_flwr.results.run_folder import RunFolder, open_run_folder
+from privtune_flwr.results.run_folder import open_run_folder
 from privtune_flwr.results.table import print_results
 from strategies import SplitTuning, create_strategy
 

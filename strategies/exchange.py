@@ -92,9 +92,7 @@ class Exchange:
         start = time.monotonic()
         asked = list(self._outstanding)
         replies = self._pull()
-        again = [
-            self._outstanding[node] for node in asked if _lost_on_the_way(replies.get(node))
-        ]
+        again = [self._outstanding[node] for node in asked if _lost_on_the_way(replies.get(node))]
         if again:
             logger.warning("%d messages found no answer and are sent once more", len(again))
             self._send([_copy(message) for message in again])
@@ -129,9 +127,7 @@ def _lost_on_the_way(reply: Message | None) -> bool:
 
 
 def _copy(message: Message) -> Message:
-    return to_message(
-        message.content, message.metadata.dst_node_id, message.metadata.message_type
-    )
+    return to_message(message.content, message.metadata.dst_node_id, message.metadata.message_type)
 
 
 def failure(reply: Message | None) -> str | None:

@@ -94,9 +94,7 @@ def describe(
     """
     fleet = Fleet()
     held: dict[str, set[str]] = {}
-    replies = exchange.ask(
-        to_message(request.to_content(), node, request.action) for node in nodes
-    )
+    replies = exchange.ask(to_message(request.to_content(), node, request.action) for node in nodes)
     # sorted by device, so that a conflict is settled the same way on every start
     described: list[tuple[str, int, dict[str, object]]] = []
     for node, reply in replies.items():

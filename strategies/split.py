@@ -89,7 +89,7 @@ class SplitTuning(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Validate replies and keep what they carry; quarantine the senders of bad ones."""
         received = {reply.metadata.src_node_id: reply for reply in replies}
-        return None, MetricRecord(self._ingest({n: received.get(n) for n in self._asked}))
+        return None, MetricRecord({**self._ingest({n: received.get(n) for n in self._asked})})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -143,13 +143,19 @@ class SplitTuning(Strategy):
         releases = sum(r.releases for r in plan.rounds)
         logger.info(
             "%d devices, %d training examples, %d release rounds and %d training rounds",
-            len(self.fleet.nodes), sum(self.fleet.train.values()), releases,
+            len(self.fleet.nodes),
+            sum(self.fleet.train.values()),
+            releases,
             len(plan.rounds) - releases,
         )
         logger.info(
             "model %s cut at %d, mechanism %s, release %s, wire %s, decoder %s",
-            self.config.model.name, self.config.model.cut, self.cloud.mechanism.name,
-            privacy.release_policy, privacy.wire, "on" if self.cloud.uses_decoder else "off",
+            self.config.model.name,
+            self.config.model.cut,
+            self.cloud.mechanism.name,
+            privacy.release_policy,
+            privacy.wire,
+            "on" if self.cloud.uses_decoder else "off",
         )
 
     # ------------------------------------------------------------------------------- the loop
@@ -274,9 +280,7 @@ class SplitTuning(Strategy):
     def _post(self, number: int, grid: Grid) -> None:
         """Send round ``number``'s messages, unless it has none."""
         if number <= len(self.plan.rounds) and self.plan.rounds[number - 1].releases:
-            self._exchange.post(
-                self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
-            )
+            self._exchange.post(self.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
 
     def _run_round(self, number: int, grid: Grid) -> dict[str, Any]:
         record: dict[str, Any] = {"round": number, "kind": "train"}
@@ -329,7 +333,7 @@ class SplitTuning(Strategy):
         }
 
     def _steps_to_come(self, number: int) -> int:
-        """Steps from round ``number`` to the end, of devices that are still in the run."""
+        """Count steps from round ``number`` to the end, of devices that are still in the run."""
         size = self.config.train.batch_size
         total = 0
         for later in range(number, len(self.plan.rounds) + 1):
@@ -365,8 +369,13 @@ class SplitTuning(Strategy):
         )
         logger.info(
             "round %d/%d %s: %d examples, %s, %.1f s waiting, %.1f s training",
-            record["round"], len(self.plan.rounds), record["kind"], record.get("examples", 0),
-            numbers, record["seconds_wire"], record["seconds_top"],
+            record["round"],
+            len(self.plan.rounds),
+            record["kind"],
+            record.get("examples", 0),
+            numbers,
+            record["seconds_wire"],
+            record["seconds_top"],
         )
 
     # ------------------------------------------------------------------------ asking, keeping
@@ -431,8 +440,8 @@ class SplitTuning(Strategy):
             totals["examples_new"] += ask.examples
             for key, value in chunk.metrics.items():
                 largest = key.startswith(("spent", "eta_max", "peak"))
-                totals[key] = max(totals.get(key, 0.0), value) if largest else (
-                    totals.get(key, 0.0) + value
+                totals[key] = (
+                    max(totals.get(key, 0.0), value) if largest else (totals.get(key, 0.0) + value)
                 )
         self._asked = {}
         return totals

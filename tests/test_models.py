@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
-from tiny_models import DEPTH, HIDDEN, TYPES, load_uncut, pad_hidden, pad_ids, save_tiny, sentences
+from tiny_models import (
+    DEPTH,
+    HIDDEN,
+    TYPES,
+    load_uncut,
+    one_thread,
+    pad_hidden,
+    pad_ids,
+    save_tiny,
+    sentences,
+)
 from transformers import AutoModel, T5Config
 
 from privtune_flwr.models import (
@@ -28,13 +39,14 @@ CASES = [(t, cut) for t in TYPES for cut in range(DEPTH)]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Path]]:
     root = tmp_path_factory.mktemp("models")
-    return {
-        (t, content): save_tiny(t, root / t / content, content=content)
-        for t in TYPES
-        for content in ("classifier", "pretrained")
-    }
+    with one_thread():
+        yield {
+            (t, content): save_tiny(t, root / t / content, content=content)
+            for t in TYPES
+            for content in ("classifier", "pretrained")
+        }
 
 
 def test_every_supported_type_is_tested() -> None:
@@ -59,6 +71,23 @@ def test_cut_equals_uncut(folders: Any, model_type: str, cut: int) -> None:
     torch.testing.assert_close(ragged_BC, wanted_BC, atol=1e-5, rtol=0)
     assert torch.equal(ragged_BC, spoilt_BC)
     assert wanted_BC.std(0).min() > 1e-3  # sentences differ, or the comparison shows nothing
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_fused_attention_gives_the_same(folders: Any, model_type: str) -> None:
+    logits = []
+    for attention in ("eager", "sdpa"):
+        parts = cut_model(
+            folders[model_type, "classifier"],
+            cut=1,
+            num_labels=3,
+            seed=0,
+            attn_implementation=attention,
+        )
+        assert parts.top.network.config._attn_implementation == attention
+        with torch.no_grad():
+            logits.append(parts.top(*pad_hidden(parts.bottom.encode(sentences(LENGTHS)))))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("model_type", "cut"), CASES)
@@ -234,6 +263,9 @@ def test_pickled_weights_are_refused(folders: Any, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="weights as safetensors"):
+        cut_model(folder, cut=1, num_labels=2, seed=0)
+    (folder / "model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(ModelError, match=r"model\.name = .*cannot be loaded"):
         cut_model(folder, cut=1, num_labels=2, seed=0)
 
 

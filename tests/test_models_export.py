@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import DEPTH, HIDDEN, TYPES, pad_hidden, pad_ids, save_tiny, sentences
+from tiny_models import DEPTH, HIDDEN, TYPES, one_thread, pad_hidden, pad_ids, save_tiny, sentences
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -29,9 +30,10 @@ LENGTHS = [8, 3, 5, 12]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     root = tmp_path_factory.mktemp("models")
-    return {t: save_tiny(t, root / t) for t in TYPES}
+    with one_thread():
+        yield {t: save_tiny(t, root / t) for t in TYPES}
 
 
 def tuned(folder: Path, *, cut: int = 1, head: Any = "native", lora: bool = False) -> CutModel:

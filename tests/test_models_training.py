@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import DEPTH, TYPES, load_uncut, pad_hidden, pad_ids, save_tiny, sentences
+from tiny_models import (
+    DEPTH,
+    TYPES,
+    load_uncut,
+    one_thread,
+    pad_hidden,
+    pad_ids,
+    save_tiny,
+    sentences,
+)
 from torch.nn.functional import cross_entropy
 
 from privtune_flwr.config import ModelConfig
@@ -26,9 +36,10 @@ RATES = {"lr": 3e-3, "head_lr": 1e-2, "weight_decay": 0.1}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     root = tmp_path_factory.mktemp("models")
-    return {t: save_tiny(t, root / t, content="classifier") for t in TYPES}
+    with one_thread():
+        yield {t: save_tiny(t, root / t, content="classifier") for t in TYPES}
 
 
 def batches() -> list[tuple[list[Any], torch.Tensor]]:

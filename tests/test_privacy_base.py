@@ -31,9 +31,7 @@ def _rng() -> np.random.Generator:
 
 def test_json_is_canonical_and_round_trips() -> None:
     spec = MechanismSpec("m", {"b": 1, "a": 0.1, "c": "é"}, "ff")
-    assert spec.to_json() == (
-        '{"artefact":"ff","name":"m","params":{"a":0.1,"b":1,"c":"\\u00e9"}}'
-    )
+    assert spec.to_json() == ('{"artefact":"ff","name":"m","params":{"a":0.1,"b":1,"c":"\\u00e9"}}')
     again = MechanismSpec.from_json(spec.to_json())
     assert again == spec
     assert again.id == spec.id

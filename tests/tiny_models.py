@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,17 @@ CONFIGS: dict[str, Any] = {
 }
 DECODERS = ("gpt2", "llama", "qwen2", "qwen3", "mistral")
 TYPES = tuple(CONFIGS)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: for tiny models on a busy machine, waiting for others is all cost."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def tiny_tokenizer(model_type: str) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 
 _MAX_DERIVED_CLASSES = 1000
 

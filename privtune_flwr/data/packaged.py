@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Callable
 
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from privtune_flwr.assets import asset_folder
 from privtune_flwr.data.snippets import read_polar_snippets

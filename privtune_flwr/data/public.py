@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 
 from privtune_flwr.config import PUBLIC_CORPORA
 from privtune_flwr.data.columns import DataError, to_dataset

@@ -62,9 +62,7 @@ class Holdings:
         return Chunk(whole.texts[start : start + size], whole.labels[start : start + size])
 
 
-def open_holdings(
-    config: RunConfig, node_config: Mapping[str, Any], home: DeviceHome
-) -> Holdings:
+def open_holdings(config: RunConfig, node_config: Mapping[str, Any], home: DeviceHome) -> Holdings:
     """Load what this device holds.
 
     Parameters

@@ -137,7 +137,9 @@ def _read_or_make(path: Path, fresh: bytes, size: int | None) -> bytes:
             Path(temporary).unlink()
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        raise DeviceError(f"{path.name}: mode {mode:04o}, must be 0600; is someone else reading it?")
+        raise DeviceError(
+            f"{path.name}: mode {mode:04o}, must be 0600; is someone else reading it?"
+        )
     value = path.read_bytes()
     if not value or (size is not None and len(value) != size):
         raise DeviceError(f"{path.name}: damaged; restore it, a new one would release twice")

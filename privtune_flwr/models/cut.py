@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from privtune_flwr.models.assemble import (
     assemble_bottom,
@@ -19,7 +20,7 @@ from privtune_flwr.models.assemble import (
 )
 from privtune_flwr.models.bottom import BottomModel
 from privtune_flwr.models.errors import ModelError
-from privtune_flwr.models.families import Family, family_of
+from privtune_flwr.models.families import Family, family_of, supported_types
 from privtune_flwr.models.heads import MeanPooledClassifier, pooler_options
 from privtune_flwr.models.source import ALLOWED
 from privtune_flwr.models.top import TopModel
@@ -251,12 +252,13 @@ def _explained(source: Path | str) -> Iterator[None]:
     """Turn Hugging Face's failures to find or read a model into one that names the key."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
             f"model.name = {str(source)!r}: cannot be loaded; allowed: {ALLOWED}; "
-            f"weights as safetensors, no code of its own ({error})"
+            f"weights as safetensors, no code of its own, "
+            f"model type one of {', '.join(supported_types())} ({error})"
         ) from error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from privtune_flwr.codec import get_codec
@@ -214,7 +214,7 @@ def peak_memory_bytes() -> int:
 
 
 def egress_guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Let out only what the protocol names, marked by the mechanism; else an error, nothing more."""
+    """Let out only what the protocol names, marked by the mechanism; else an error alone."""
     try:
         reply = call_next(message, context)
         if reply.has_error():
@@ -264,7 +264,8 @@ def _checked(message: Message, context: Context, reply: Message) -> Message:
 def _check_marked_release(message: Message, context: Context, content: RecordDict) -> None:
     request = ReleaseRequest.from_content(message.content)
     home = device_home(context, request.run_id)
-    hidden = content.config_records.get(RELEASE_HEADER, {}).get("hidden", 0)
+    header = content.config_records.get(RELEASE_HEADER, ConfigRecord())
+    hidden = header.get("hidden", 0)
     if not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1:
         raise GuardError(f"{RELEASE_HEADER}.hidden: missing")
     arrays = check_release(content, request, hidden=hidden, num_labels=2**31, marked=True)

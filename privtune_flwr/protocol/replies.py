@@ -7,7 +7,7 @@ it touches a value. Shape legend: B sentences, N tokens of all of them, D hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ def read_metrics(content: RecordDict, allowed: Collection[str]) -> dict[str, flo
 
 
 def read_arrays(
-    record: ArrayRecord, schema: dict[str, tuple[str, tuple[int, ...]]], name: str
+    record: ArrayRecord, schema: Mapping[str, tuple[str, tuple[int, ...]]], name: str
 ) -> dict[str, npt.NDArray[Any]]:
     """Deserialise a record's arrays after checking what they claim, and again what they are.
 
@@ -203,7 +203,8 @@ def check_release(
     _require(header["mechanism"] == request.spec.id, f"{RELEASE_HEADER}.mechanism: another one")
     _require(header["wire"] == request.wire, f"{RELEASE_HEADER}.wire: another format")
     _require(header["hidden"] == hidden, f"{RELEASE_HEADER}.hidden: must be {hidden}")
-    examples = int(header["examples"])
+    examples = header["examples"]
+    assert isinstance(examples, int)
     _require(0 < examples <= request.chunk_size, f"{RELEASE_HEADER}.examples: out of range")
     return _read_payload(content, request, examples, hidden, num_labels if wants_labels else 0)
 
@@ -214,9 +215,9 @@ def _read_payload(
     smashed = content.array_records[SMASHED]
     _require("lengths" in smashed, f"{SMASHED}.lengths: missing")
     lengths_schema = {"lengths": ("uint16", (examples,))}
-    lengths_B = read_arrays(
-        ArrayRecord({"lengths": smashed["lengths"]}), lengths_schema, SMASHED
-    )["lengths"]
+    lengths_B = read_arrays(ArrayRecord({"lengths": smashed["lengths"]}), lengths_schema, SMASHED)[
+        "lengths"
+    ]
     _require(
         bool(lengths_B.min() > 0) and int(lengths_B.max()) <= request.max_length,
         f"{SMASHED}.lengths: outside 1..{request.max_length}",
@@ -263,9 +264,7 @@ def read_release(
     InvalidReplyError
         The reason for the quarantine.
     """
-    arrays = check_release(
-        content, request, hidden=hidden, num_labels=num_labels, marked=False
-    )
+    arrays = check_release(content, request, hidden=hidden, num_labels=num_labels, marked=False)
     header = content.config_records[RELEASE_HEADER]
     _require(header["device_id"] == device_id, f"{RELEASE_HEADER}.device_id: another device")
     _require(

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("privtune-flwr", "flwr", "torch", "transformers", "datasets", "peft", "numpy", "ray")
 _FINAL = ("test_accuracy", "test_loss", "eval_accuracy", "eval_loss", "eval_examples", "loss")
-_SUMMED = ("seconds_bottom", "seconds_mechanism", "seconds_codec", "seconds_wire", "seconds_top",
-           "seconds_decode")
+_SUMMED = (
+    "seconds_bottom",
+    "seconds_mechanism",
+    "seconds_codec",
+    "seconds_wire",
+    "seconds_top",
+    "seconds_decode",
+)
 
 
 def build_results(strategy: SplitTuning) -> dict[str, Any]:

@@ -42,8 +42,10 @@ _ROWS: tuple[tuple[str, Cell], ...] = (
     ("training loss, last round", _number("{:.4f}", "final", "loss")),
     ("training examples", _number("{:.0f}", "examples", "train_received")),
     ("devices used", _number("{:.0f}", "devices", "used")),
-    ("devices left out", lambda r: str(len({**r["devices"]["quarantined"],
-                                            **r["devices"]["refused"]}))),
+    (
+        "devices left out",
+        lambda r: str(len({**r["devices"]["quarantined"], **r["devices"]["refused"]})),
+    ),
     ("messages", _number("{:.0f}", "traffic", "messages")),
     ("MB up", _number("{:.2f}", "traffic", "bytes_up", factor=1e-6)),
     ("MB down", _number("{:.2f}", "traffic", "bytes_down", factor=1e-6)),

@@ -143,7 +143,12 @@ class SmashedStore:
                 os.fsync(file.fileno())
         device, split, epoch, chunk = key
         entry = StoredChunk(
-            device, split, epoch, chunk, self._rows, [int(n) for n in lengths],
+            device,
+            split,
+            epoch,
+            chunk,
+            self._rows,
+            [int(n) for n in lengths],
             None if labels is None else [int(v) for v in labels],
         )
         with (self._folder / "index.jsonl").open("a", encoding="utf-8") as file:

@@ -125,7 +125,7 @@ class TopModelTrainer:
         hidden_BTD, mask_BT, labels_B = (t.to(self.device) for t in collate(rows_ND, batch))
         loss = nn.functional.cross_entropy(self.model(hidden_BTD, mask_BT), labels_B)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(
             [p for g in self.optimizer.param_groups for p in g["params"]], self._config.clip_norm
         )
@@ -137,7 +137,7 @@ class TopModelTrainer:
     def logits(
         self, rows_ND: npt.NDArray[Any], examples: Sequence[Example]
     ) -> npt.NDArray[np.float32]:
-        """Outputs for examples in their order, float32 (B, C)."""
+        """Compute outputs for examples in their order, float32 (B, C)."""
         self.model.eval()
         order = sorted(range(len(examples)), key=lambda i: examples[i].length)
         pieces: dict[int, npt.NDArray[np.float32]] = {}

@@ -1,0 +1,187 @@
+"""The ``privtune`` command."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from privtune_flwr.assets import AssetError, fetch_default, list_assets, verify_assets
+from privtune_flwr.assets import asset_folder as fetch_asset
+from privtune_flwr.config import ConfigError, Scalar, flatten
+from privtune_flwr.errors import PrivTuneError
+from privtune_flwr.launcher import local_superlink, stage_app
+from privtune_flwr.results.table import print_results
+from privtune_flwr.scenario import load_scenario, packaged_scenarios
+
+main = typer.Typer(no_args_is_help=True, add_completion=False, help="Private split tuning.")
+assets = typer.Typer(no_args_is_help=True, help="Packaged models and text.")
+main.add_typer(assets, name="assets")
+console = Console()
+
+_ROUND = re.compile(r"round (\d+)/(\d+)")
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """End with one line instead of a traceback where the cause is the user's to mend."""
+    try:
+        yield
+    except (ConfigError, PrivTuneError, AssetError) as error:
+        console.print(f"[red]privtune:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@assets.command("list")
+def assets_list() -> None:
+    """Show what can be fetched, and what is here."""
+    table = Table("name", "what", "MB", "here")
+    for info in list_assets():
+        here = "yes" if info.present else "no"
+        table.add_row(info.name, info.description, f"{info.size / 1e6:.1f}", here)
+    console.print(table)
+
+
+@assets.command("fetch")
+def assets_fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="Nothing: what the demo needs.")] = None,
+) -> None:
+    """Fetch archives, check their hashes and unpack them into the cache."""
+    with _clear_errors():
+        folders = [fetch_asset(name) for name in names] if names else fetch_default()
+        for folder in folders:
+            console.print(str(folder), highlight=False, soft_wrap=True)
+
+
+@assets.command("verify")
+def assets_verify() -> None:
+    """Hash what is unpacked once more; ends with 1 if anything is damaged."""
+    damaged = False
+    for status in verify_assets():
+        damaged |= status.state == "damaged"
+        console.print(f"{status.name}: {status.state} {'; '.join(status.problems)}".rstrip())
+    if damaged:
+        raise typer.Exit(1)
+
+
+@main.command()
+def scenarios() -> None:
+    """List the scenarios that come with the package."""
+    table = Table("name", "what")
+    for name, description in packaged_scenarios().items():
+        table.add_row(name, description)
+    console.print(table)
+
+
+@main.command()
+def run(
+    scenario: Annotated[str, typer.Argument(help="A TOML file, or a packaged scenario's name.")],
+    name: Annotated[str, typer.Option(help="Name of the run; default: scenario and time.")] = "",
+    folder: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
+    resume: Annotated[str, typer.Option(help="Go on with this run.")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, as in TOML; repeatable.")
+    ] = None,
+) -> None:
+    """Run a scenario through ``flwr run``, with a SuperLink of its own."""
+    with _clear_errors():
+        chosen = load_scenario(scenario)
+        started = time.strftime("%Y%m%d-%H%M%S")
+        settings: dict[str, Scalar] = {
+            **_parse_overrides(overrides or []),
+            "run.folder": str(folder.absolute()),
+            "run.name": resume or name or f"{chosen.name}-{started}",
+            "run.resume": bool(resume),
+            # a simulation's nodes appear within seconds; wait for all of them
+            "run.min-devices": chosen.federation.num_supernodes,
+        }
+        config = chosen.run_config(settings)
+        target = Path(config.run.folder) / config.run.name
+        with local_superlink() as superlink, _app_folder() as app:
+            process = superlink.flwr_run(app, flatten(config), chosen.federation)
+            assert process.stdout is not None
+            try:
+                _follow(process.stdout, config.run.name)
+            finally:
+                process.terminate()
+                process.wait()
+    if not (target / "results.json").exists():
+        console.print(f"[red]the run did not finish[/red]; {_resume_hint(target, scenario)}")
+        raise typer.Exit(1)
+
+
+def _resume_hint(target: Path, scenario: str) -> str:
+    if (target / "checkpoint.pt").exists():
+        place = f"--folder {target.parent} --resume {target.name}"
+        return f"go on with: privtune run {scenario} {place}"
+    return "nothing was released; its log is above"
+
+
+@contextmanager
+def _app_folder() -> Iterator[Path]:
+    """Give the checkout one stands in, or a staged copy of the installed packages."""
+    project = Path("pyproject.toml")
+    if project.is_file():
+        name = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {}).get("name")
+        if name == "privtune-flwr":
+            yield Path()
+            return
+    with tempfile.TemporaryDirectory(prefix="privtune-app-") as folder:
+        yield stage_app(Path(folder))
+
+
+def _follow(lines: Iterator[str] | Any, title: str) -> None:
+    """Pass a run's log on; on a terminal, with a bar for its rounds below."""
+    if not console.is_terminal:
+        for line in lines:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+        return
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("rounds", total=None)
+        for line in lines:
+            if found := _ROUND.search(line):
+                progress.update(task, completed=int(found[1]), total=int(found[2]))
+            progress.console.print(line.rstrip(), markup=False, highlight=False)
+
+
+def _parse_overrides(entries: list[str]) -> dict[str, Scalar]:
+    values: dict[str, Scalar] = {}
+    for entry in entries:
+        key, found, text = entry.partition("=")
+        if not found:
+            raise ConfigError(f"--set {entry!r}: must be section.key=value")
+        try:
+            values[key] = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            # a bare word is a string, as people type it
+            values[key] = text
+    return values
+
+
+@main.command()
+def results(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or their results.json.")],
+) -> None:
+    """Print the results of runs side by side."""
+    loaded: list[dict[str, Any]] = []
+    for path in runs:
+        file = path if path.suffix == ".json" else path / "results.json"
+        if not file.is_file():
+            console.print(f"[red]privtune:[/red] {path}: has no results.json (yet)")
+            raise typer.Exit(1)
+        loaded.append(json.loads(file.read_text(encoding="utf-8")))
+    print_results(loaded)

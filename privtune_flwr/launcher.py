@@ -1,0 +1,239 @@
+"""Starting ``flwr run`` with a SuperLink of its own, and ending both.
+
+Flower's default profile starts a detached SuperLink that outlives the run. Here each launch has
+its own Flower home, port and process, so that runs do not meet and nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import tomli_w
+
+import privtune_flwr
+import simulations
+import strategies
+from privtune_flwr.assets import cache_root
+from privtune_flwr.config import RunConfig, Scalar, flatten
+from privtune_flwr.errors import RunError
+from privtune_flwr.scenario import Federation
+
+_START_SECONDS = 60.0
+_PROFILE = "privtune"
+# what Flower packs into an app: source and scenarios, never results
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "results", "*.json", "*.png")
+
+
+def stage_app(target: Path, *, client_app: str = "privtune_flwr.client_app:app") -> Path:
+    """Write the Flower app into a folder, from wherever the packages are installed.
+
+    Parameters
+    ----------
+    target : Path
+        An empty folder.
+    client_app : str
+        Another client app to run instead of ours; its module must be importable.
+    """
+    for package in (privtune_flwr, strategies, simulations):
+        source = Path(str(package.__file__)).parent
+        shutil.copytree(source, target / source.name, ignore=_IGNORED)
+    config: dict[str, dict[str, Scalar]] = {}
+    for key, value in flatten(RunConfig()).items():
+        section, _, name = key.partition(".")
+        config.setdefault(section, {})[name] = value
+    project = {
+        "project": {
+            "name": "privtune-flwr",
+            "version": metadata.version("privtune-flwr"),
+            "description": "PrivTune split-learning federation",
+            "license": "Apache-2.0",
+            "dependencies": [],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "privtune",
+                    "components": {
+                        "serverapp": "privtune_flwr.server_app:app",
+                        "clientapp": client_app,
+                    },
+                    "config": config,
+                }
+            }
+        },
+    }
+    (target / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
+    return target
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A running SuperLink in simulation mode.
+
+    Attributes
+    ----------
+    home : Path
+        Its ``FLWR_HOME``; ``superlink.log`` is in it.
+    environment : dict
+        What ``flwr`` commands need to reach it.
+    """
+
+    home: Path
+    environment: dict[str, str]
+
+    def flwr_run(
+        self, app: Path, run_config: Mapping[str, Scalar], federation: Federation
+    ) -> subprocess.Popen[str]:
+        """Start ``flwr run`` and stream its log to the process's standard output."""
+        overrides = self.home / f"run-{time.monotonic_ns()}.toml"
+        overrides.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
+        size = (
+            f"num-supernodes={federation.num_supernodes} "
+            f"client-resources-num-cpus={federation.client_cpus} "
+            f"client-resources-num-gpus={federation.client_gpus}"
+        )
+        return subprocess.Popen(
+            [
+                _script("flwr"),
+                "run",
+                str(app),
+                _PROFILE,
+                "--stream",
+                "--run-config",
+                str(overrides),
+                "--federation-config",
+                size,
+            ],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@contextmanager
+def local_superlink() -> Iterator[SuperLink]:
+    """Start a SuperLink for simulations; end it and all it started on the way out.
+
+    Raises
+    ------
+    RunError
+        If it does not come up; the message quotes the end of its log.
+    """
+    cache_root().mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix="flower-", dir=cache_root()))
+    port = free_port()
+    (home / "config.toml").write_text(
+        tomli_w.dumps(
+            {
+                "superlink": {
+                    "default": _PROFILE,
+                    _PROFILE: {"address": f"127.0.0.1:{port}", "insecure": True},
+                }
+            }
+        ),
+        encoding="utf-8",
+    )
+    environment = flower_environment(home)
+    log = home / "superlink.log"
+    with log.open("w", encoding="utf-8") as sink:
+        process = subprocess.Popen(
+            [
+                _script("flower-superlink"),
+                "--insecure",
+                "--simulation",
+                "--isolation",
+                "subprocess",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--database",
+                str(home / "state.db"),
+                "--disable-runtime-dependency-installation",
+            ],
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            cwd=Path.cwd(),
+        )
+    try:
+        _wait_until_healthy(process, port, log)
+        yield SuperLink(home, environment)
+    finally:
+        end_process_tree(process.pid)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """Environment for Flower's processes: own home, no telemetry, no installing at run time."""
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PRIVTUNE_CACHE": str(cache_root()),
+        "TOKENIZERS_PARALLELISM": "false",
+        # the SuperLink starts its helpers by name
+        "PATH": scripts + os.pathsep + os.environ.get("PATH", ""),
+    }
+
+
+def free_port() -> int:
+    """Find a TCP port on loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+    raise RunError(f"the SuperLink did not start:\n{tail}")
+
+
+def end_process_tree(pid: int) -> None:
+    """End a process and everything below it: politely first, then by force."""
+    try:
+        root = psutil.Process(pid)
+        family = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for member in alive:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=5)
