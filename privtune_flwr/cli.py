@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +19,9 @@ from rich.table import Table
 
 from privtune_flwr.assets import AssetError, fetch_default, list_assets, verify_assets
 from privtune_flwr.assets import asset_folder as fetch_asset
-from privtune_flwr.config import ConfigError, Scalar, flatten
-from privtune_flwr.errors import PrivTuneError
-from privtune_flwr.launcher import local_superlink, stage_app
+from privtune_flwr.config import ConfigError, Scalar
+from privtune_flwr.errors import PrivTuneError, RunError
+from privtune_flwr.launcher import app_folder, local_superlink, simulate
 from privtune_flwr.results.table import print_results
 from privtune_flwr.scenario import load_scenario, packaged_scenarios
 
@@ -109,17 +108,17 @@ def run(
         }
         config = chosen.run_config(settings)
         target = Path(config.run.folder) / config.run.name
-        with local_superlink() as superlink, _app_folder() as app:
-            process = superlink.flwr_run(app, flatten(config), chosen.federation)
-            assert process.stdout is not None
+        with local_superlink() as superlink, app_folder() as app:
             try:
-                _follow(process.stdout, config.run.name)
-            finally:
-                process.terminate()
-                process.wait()
-    if not (target / "results.json").exists():
-        console.print(f"[red]the run did not finish[/red]; {_resume_hint(target, scenario)}")
-        raise typer.Exit(1)
+                simulate(
+                    config,
+                    chosen.federation,
+                    superlink=superlink,
+                    app=app,
+                    on_output=lambda lines: _follow(lines, config.run.name),
+                )
+            except RunError as error:
+                raise RunError(f"{error}; {_resume_hint(target, scenario)}") from None
 
 
 def _resume_hint(target: Path, scenario: str) -> str:
@@ -129,20 +128,7 @@ def _resume_hint(target: Path, scenario: str) -> str:
     return "nothing was released; its log is above"
 
 
-@contextmanager
-def _app_folder() -> Iterator[Path]:
-    """Give the checkout one stands in, or a staged copy of the installed packages."""
-    project = Path("pyproject.toml")
-    if project.is_file():
-        name = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {}).get("name")
-        if name == "privtune-flwr":
-            yield Path()
-            return
-    with tempfile.TemporaryDirectory(prefix="privtune-app-") as folder:
-        yield stage_app(Path(folder))
-
-
-def _follow(lines: Iterator[str] | Any, title: str) -> None:
+def _follow(lines: Iterable[str], title: str) -> None:
     """Pass a run's log on; on a terminal, with a bar for its rounds below."""
     if not console.is_terminal:
         for line in lines:

@@ -246,8 +246,12 @@ def _find_field(model: type[BaseModel], path: list[str]) -> tuple[type[BaseModel
 def _allowed(field: Any) -> str:
     if get_origin(field.annotation) is Literal:
         return ", ".join(json.dumps(v) for v in get_args(field.annotation))
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "pattern": "like"}
     bounds = [
-        str(m).replace("Ge(", "at least (").replace("Le(", "at most (") for m in field.metadata
+        f"{word} {getattr(constraint, name)}"
+        for constraint in field.metadata
+        for name, word in words.items()
+        if getattr(constraint, name, None) is not None
     ]
     kind = getattr(field.annotation, "__name__", str(field.annotation))
     return "; ".join([kind, *bounds, *([field.description] if field.description else [])])

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -77,6 +78,60 @@ def stage_app(target: Path, *, client_app: str = "privtune_flwr.client_app:app")
         },
     }
     (target / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
+    return target
+
+
+@contextmanager
+def app_folder() -> Iterator[Path]:
+    """Give the checkout one stands in, or a staged copy of the installed packages."""
+    project = Path("pyproject.toml")
+    if project.is_file():
+        name = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {}).get("name")
+        if name == "privtune-flwr":
+            yield Path()
+            return
+    with tempfile.TemporaryDirectory(prefix="privtune-app-") as folder:
+        yield stage_app(Path(folder))
+
+
+def simulate(
+    config: RunConfig,
+    federation: Federation,
+    *,
+    superlink: SuperLink,
+    app: Path,
+    on_output: Callable[[Iterable[str]], None],
+) -> Path:
+    """Run one federation through ``flwr run`` and give its run folder back.
+
+    Parameters
+    ----------
+    config : RunConfig
+        With ``run.name`` set and ``run.folder`` absolute.
+    federation : Federation
+        Number of virtual devices and their resources.
+    superlink : SuperLink
+        From :func:`local_superlink`.
+    app : Path
+        From :func:`app_folder` or :func:`stage_app`.
+    on_output : callable
+        Consumes the run's log, line by line, until it ends.
+
+    Raises
+    ------
+    RunError
+        If the run left no results.
+    """
+    target = Path(config.run.folder) / config.run.name
+    process = superlink.flwr_run(app, flatten(config), federation)
+    assert process.stdout is not None
+    try:
+        on_output(process.stdout)
+    finally:
+        process.terminate()
+        process.wait()
+    if not (target / "results.json").exists():
+        raise RunError(f"the run left no results in {target}")
     return target
 
 

@@ -72,6 +72,7 @@ class SplitTuning(Strategy):
         self._exchange: Exchange
         self._asked: dict[int, Ask] = {}
         self._test: list[Example] = []
+        self._nodes = 0
 
     # ------------------------------------------------------------------ Flower's five methods
 
@@ -206,6 +207,7 @@ class SplitTuning(Strategy):
 
     def _gather(self, grid: Grid) -> None:
         nodes = wait_for_nodes(grid, self.config.run)
+        self._nodes = len(nodes)
         request = DescribeRequest(
             **self._terms(), bundles=",".join(manifest.id for manifest, _ in self.cloud.bundles)
         )
@@ -241,6 +243,7 @@ class SplitTuning(Strategy):
                 "train": {d: self.fleet.train[d] for d in self.fleet.nodes},
                 "evaluation": {d: self.fleet.evaluation[d] for d in self.fleet.nodes},
                 "labels": list(self.fleet.label_names),
+                "nodes": self._nodes,
             }
             self.folder.write_json("devices.json", counts)
         self.plan = make_plan(counts["train"], counts["evaluation"], self.config)

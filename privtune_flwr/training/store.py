@@ -73,7 +73,7 @@ class SmashedStore:
         dtype: str,
         decoder: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None = None,
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._hidden = hidden
         self._dtype = np.dtype(dtype)
         self._decoder = decoder
@@ -85,14 +85,14 @@ class SmashedStore:
     @property
     def _files(self) -> list[Path]:
         names = ["rows.bin"] + (["decoded.bin"] if self._decoder else [])
-        return [self._folder / name for name in names]
+        return [self.folder / name for name in names]
 
     @property
     def _row_bytes(self) -> int:
         return self._hidden * self._dtype.itemsize
 
     def _recover(self) -> None:
-        index = self._folder / "index.jsonl"
+        index = self.folder / "index.jsonl"
         whole = 0
         if index.exists():
             for line in index.read_bytes().splitlines(keepends=True):
@@ -151,7 +151,7 @@ class SmashedStore:
             [int(n) for n in lengths],
             None if labels is None else [int(v) for v in labels],
         )
-        with (self._folder / "index.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / "index.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(entry), separators=(",", ":")) + "\n")
             file.flush()
             os.fsync(file.fileno())
