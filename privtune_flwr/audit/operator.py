@@ -19,7 +19,7 @@ from privtune_flwr.cloud import CloudSide, prepare_cloud
 from privtune_flwr.config import RunConfig, load_run_config
 from privtune_flwr.data import tokenise
 from privtune_flwr.device import open_holdings, open_home, simulated_root
-from privtune_flwr.training.store import SmashedStore, StoredChunk
+from privtune_flwr.training.store import Key, SmashedStore
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,20 @@ def released_text(
     pairs = [(c, i) for c in chunks for i in range(len(c.lengths))]
     rng = np.random.default_rng(seed)
     drawn = rng.permutation(len(pairs))[:sentences]
-    by_chunk: dict[StoredChunk, list[int]] = {}
+    by_chunk: dict[Key, list[int]] = {}
     for index in drawn:
         chunk, position = pairs[int(index)]
-        by_chunk.setdefault(chunk, []).append(position)
+        by_chunk.setdefault(chunk.key, []).append(position)
     rows, ids = [], []
     received = store.received()
     run_id = uuid.uuid4().hex
     try:
         for device in devices:
             texts = _training_texts(config, device, partitions, run_id)
-            for chunk in (c for c in by_chunk if c.device == device):
-                start = chunk.chunk * config.privacy.chunk_size
-                examples = store.examples(chunk.key)
-                for position in by_chunk[chunk]:
+            for key in (k for k in by_chunk if k[0] == device):
+                start = key[3] * config.privacy.chunk_size
+                examples = store.examples(key)
+                for position in by_chunk[key]:
                     example = examples[position]
                     stop = example.offset + example.length
                     rows.append(np.array(received[example.offset : stop], dtype=np.float32))

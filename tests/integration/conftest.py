@@ -1,0 +1,110 @@
+"""Real Flower: one SuperLink in simulation mode for all runs of this folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
+from privtune_flwr.launcher import SuperLink, local_superlink, simulate, stage_app
+from privtune_flwr.scenario import Federation
+
+HERE = Path(__file__).parent
+
+SMALL: dict[str, Scalar] = {
+    "data.train-examples": 192,
+    "data.eval-examples": 24,
+    "data.test-examples": 64,
+    "privacy.chunk-size": 16,
+    "train.epochs": 2,
+    "train.batch-size": 16,
+    "train.threads": 1,
+}
+
+
+@dataclass
+class Run:
+    """A finished run: its folder, results and log."""
+
+    folder: Path
+    config: RunConfig
+    log: str
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.folder / "results.json").read_text())
+
+    def lines(self, name: str) -> list[Any]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def superlink() -> Iterator[SuperLink]:
+    with local_superlink() as link:
+        yield link
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Stage the app, with a client app of these tests in place of ours where one is named."""
+    made: dict[str, Path] = {}
+
+    def stage(client_app: str) -> Path:
+        if client_app not in made:
+            target = tmp_path_factory.mktemp("app")
+            stage_app(target, client_app=client_app)
+            module = client_app.partition(":")[0]
+            if (HERE / f"{module}.py").exists():
+                (target / f"{module}.py").write_text((HERE / f"{module}.py").read_text())
+            made[client_app] = target
+        return made[client_app]
+
+    return stage
+
+
+@pytest.fixture(scope="session")
+def federate(
+    superlink: SuperLink,
+    staged: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Run]:
+    """Run a federation through ``flwr run``."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(
+        name: str,
+        settings: dict[str, Scalar],
+        *,
+        devices: int = 3,
+        client_app: str = "privtune_flwr.client_app:app",
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> Run:
+        fixed = {"run.name": name, "run.folder": str(root), "run.min-devices": devices}
+        config = load_run_config(flatten(RunConfig()) | SMALL | settings | fixed)
+        log: list[str] = []
+
+        def read(lines: Any) -> None:
+            for line in lines:
+                log.append(line)
+                on_line(line)
+
+        try:
+            folder = simulate(
+                config,
+                Federation(num_supernodes=devices),
+                superlink=superlink,
+                app=staged(client_app),
+                on_output=read,
+            )
+        except Exception as error:
+            # the run's own words are what explains a failure
+            error.add_note("".join(log[-60:]))
+            raise
+        return Run(folder, config, "".join(log))
+
+    return run

@@ -1,0 +1,158 @@
+"""A federation without noise is the same training as one process on the joined data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from privtune_flwr.assets import model_folder
+from privtune_flwr.data import load_source, split_source, tokenise
+from privtune_flwr.device import open_holdings, open_home
+from privtune_flwr.models import cut_model, export
+from privtune_flwr.training.batches import batch_order
+from privtune_flwr.training.plan import make_plan
+from privtune_flwr.training.trainer import schedule_factor
+
+pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
+
+DEVICES = 3
+
+
+@pytest.fixture(scope="module")
+def run(federate: Callable[..., Run]) -> Run:
+    settings = {
+        "privacy.mechanism": "none",
+        "privacy.wire": "float32",
+        "model.cut": 2,
+        "train.fraction": 0.7,
+    }
+    return federate("equality", settings, devices=DEVICES)
+
+
+def uncut_losses(run: Run, tmp_path: Path) -> list[float]:
+    """Train the uncut model on the joined text in the federation's order, frozen below the cut."""
+    config = run.config
+    start = cut_model(model_folder("minilm"), cut=2, num_labels=2, seed=config.run.seed)
+    export(start, tmp_path / "start")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "start",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout=0.0,
+        attn_implementation="eager",
+    )
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[:2].requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
+    texts: dict[tuple[str, int], tuple[list[str], list[int]]] = {}
+    counts_train, counts_eval = {}, {}
+    for partition in range(DEVICES):
+        node = {"partition-id": partition, "num-partitions": DEVICES}
+        home = open_home(node, run_id="0" * 32, simulated=True, seed=config.run.seed)
+        held = open_holdings(config, node, home)
+        counts_train[home.device_id] = len(held.train.texts)
+        counts_eval[home.device_id] = len(held.evaluation.texts)
+        size = config.privacy.chunk_size
+        for number in range(-(-len(held.train.texts) // size)):
+            part = held.chunk("train", number, size)
+            texts[home.device_id, number] = (part.texts, part.labels)
+    plan = make_plan(counts_train, counts_eval, config)
+    head = [p for n, p in model.named_parameters() if n.startswith("classifier")]
+    blocks = [
+        p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("classifier")
+    ]
+    decays = config.train.weight_decay
+    groups = [
+        {"params": [p for p in part if (p.ndim > 1) == matrix], "lr": lr, "weight_decay": decay}
+        for part, lr in (
+            (blocks, config.train.learning_rate),
+            (head, config.train.head_learning_rate),
+        )
+        for matrix, decay in ((True, decays), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    base = [g["lr"] for g in optimizer.param_groups]
+    total = sum(
+        -(-sum(a.examples for a in plan.train_asks(r.number)) // config.train.batch_size)
+        for r in plan.rounds
+    )
+    losses: list[float] = []
+    for current in plan.rounds:
+        joined = [texts[a.device, a.chunk] for a in plan.train_asks(current.number)]
+        ids = tokenise(tokenizer, [t for ts, _ in joined for t in ts], config.model.max_length)
+        labels = [v for _, vs in joined for v in vs]
+        seed = [config.run.seed, 2, current.number]
+        for batch in batch_order([len(i) for i in ids], config.train.batch_size, seed):
+            factor = schedule_factor(len(losses), total, config.train)
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * factor
+            padded = tokenizer.pad(
+                {"input_ids": [ids[i].tolist() for i in batch]}, return_tensors="pt"
+            )
+            logits = model(**padded).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits, torch.tensor([labels[i] for i in batch])
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(
+                [p for g in optimizer.param_groups for p in g["params"]], config.train.clip_norm
+            )
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def test_the_loss_curve_is_that_of_one_process(run: Run, tmp_path: Path) -> None:
+    federated = [step[1] for step in run.lines("steps.jsonl")]
+    torch.set_num_threads(1)
+    alone = uncut_losses(run, tmp_path)
+    assert len(federated) == len(alone)
+    np.testing.assert_allclose(federated, alone, atol=1e-5, rtol=0)
+
+
+def test_the_exported_model_is_an_ordinary_checkpoint(run: Run) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    data = run.config.data
+    test = split_source(load_source(data.source), data, seed=run.config.run.seed).test
+    assert test is not None
+    batch = tokenizer(
+        list(test["text"]),
+        padding=True,
+        truncation=True,
+        max_length=run.config.model.max_length,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    labels = torch.tensor(list(test["label"]))
+    final = run.results["final"]
+    assert float((logits.argmax(1) == labels).float().mean()) == final["test_accuracy"]
+    loss = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert loss == pytest.approx(final["test_loss"], abs=1e-5)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_results_tell_what_happened(run: Run) -> None:
+    results = run.results
+    assert results["devices"] == {"used": DEVICES, "quarantined": {}, "refused": {}}
+    assert results["examples"]["train_received"] == 192
+    assert results["privacy"]["mechanism"] == "none"
+    assert results["privacy"]["eta_max"] is None
+    assert results["privacy"]["releases_per_example"] == 1
+    accounts = results["traffic"]["devices"]
+    assert len(accounts) == DEVICES
+    assert all(a["up"] > 100_000 and a["messages"] > 3 for a in accounts.values())
+    rounds = run.lines("rounds.jsonl")
+    assert [r["round"] for r in rounds] == list(range(1, len(rounds) + 1))
+    assert rounds[-1]["eval_examples"] == 24
+    assert (run.folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    for stage in ("bottom", "mechanism", "codec", "wire", "top"):
+        assert results["seconds"][stage] > 0

@@ -1,0 +1,62 @@
+"""A run that is killed and resumed ends like one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+from conftest import Run
+
+from privtune_flwr.errors import RunError
+
+pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
+
+SETTINGS = {
+    "privacy.mechanism": "privtune",
+    "privacy.decoder": True,
+    "model.cut": 2,
+    "run.seed": 3,
+    "train.evaluate-every": 2,
+}
+
+
+def kill_simulation() -> None:
+    """End the process that runs the server app, as a power cut would."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any("flwr-simulation" in part for part in process.info["cmdline"] or []):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_killed_run_resumes_to_the_same_metrics(federate: Callable[..., Run]) -> None:
+    whole = federate("unbroken", SETTINGS)
+    assert "ChaCha" not in whole.log
+
+    def kill_in_round_two(line: str) -> None:
+        if "round 2/" in line:
+            kill_simulation()
+
+    with pytest.raises(RunError, match="left no results"):
+        federate("broken", SETTINGS, on_line=kill_in_round_two)
+    resumed = federate("broken", {**SETTINGS, "run.resume": True})
+    assert "resuming after round" in resumed.log
+
+    assert resumed.lines("steps.jsonl") == whole.lines("steps.jsonl")
+    assert resumed.results["final"] == whole.results["final"]
+    # every example once: the resumed run's devices entered no second release
+    assert resumed.results["privacy"]["releases_per_example"] == 1
+    index = resumed.lines("store/index.jsonl")
+    keys = [(e["device"], e["split"], e["epoch"], e["chunk"]) for e in index]
+    assert len(keys) == len(set(keys))
+    asked_twice = sum(a["up"] for a in resumed.results["traffic"]["devices"].values())
+    once = sum(a["up"] for a in whole.results["traffic"]["devices"].values())
+    # at most the chunks that were on their way when it died crossed again
+    assert asked_twice <= once * 1.6
+
+
+def test_a_finished_name_is_refused(federate: Callable[..., Run]) -> None:
+    with pytest.raises(RunError) as caught:
+        federate("unbroken", {**SETTINGS, "run.resume": True, "model.max-length": 64})
+    assert "model.max-length = 64" in "".join(caught.value.__notes__)
