@@ -58,10 +58,10 @@ class Manifest:
         """
         try:
             files = tuple((str(n), int(s), str(h)) for n, s, h in json.loads(text))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             raise BundleError("bundle manifest: not a list of name, size, hash") from None
         for name, size, digest in files:
-            if not _NAME.match(name) or size < 0 or not _ID.match(digest):
+            if not _NAME.fullmatch(name) or size < 0 or not _ID.fullmatch(digest):
                 raise BundleError("bundle manifest: a file name, size or hash is not allowed")
         if [f[0] for f in files] != sorted({f[0] for f in files}):
             raise BundleError("bundle manifest: names must be sorted and distinct")
@@ -76,7 +76,7 @@ class Manifest:
 
 def check_bundle_id(bundle_id: str) -> str:
     """Return ``bundle_id`` if it is 64 hexadecimal digits, else raise :class:`BundleError`."""
-    if not _ID.match(bundle_id):
+    if not _ID.fullmatch(bundle_id):
         raise BundleError("bundle id: not 64 hexadecimal digits")
     return bundle_id
 
@@ -144,6 +144,15 @@ class BundleCache:
             return True
         if not 0 <= part < parts <= 100_000:
             raise BundleError("bundle part: number out of range")
+        try:
+            return self._keep(manifest, part, parts, data)
+        except FileNotFoundError:
+            # another process published the bundle and cleared away what had arrived
+            if not self.holds(manifest.id):
+                raise
+            return True
+
+    def _keep(self, manifest: Manifest, part: int, parts: int, data: bytes) -> bool:
         incoming = self._incoming(manifest.id)
         incoming.mkdir(exist_ok=True)
         _write_atomically(incoming / f"{part:06d}", data)
@@ -152,7 +161,8 @@ class BundleCache:
             shutil.rmtree(incoming, ignore_errors=True)
             raise BundleError("bundle: more bytes than its manifest says")
         if len(present) < parts:
-            return False
+            # not "False": another process may have published it since
+            return self.holds(manifest.id)
         self._publish(manifest, present)
         shutil.rmtree(incoming, ignore_errors=True)
         return True

@@ -21,7 +21,7 @@ from privtune_flwr.assets import AssetError, fetch_default, list_assets, verify_
 from privtune_flwr.assets import asset_folder as fetch_asset
 from privtune_flwr.config import ConfigError, Scalar
 from privtune_flwr.errors import PrivTuneError, RunError
-from privtune_flwr.launcher import app_folder, local_superlink, simulate
+from privtune_flwr.launcher import app_folder, federate, local_superlink
 from privtune_flwr.results.table import print_results
 from privtune_flwr.scenario import load_scenario, packaged_scenarios
 
@@ -110,7 +110,7 @@ def run(
         target = Path(config.run.folder) / config.run.name
         with local_superlink() as superlink, app_folder() as app:
             try:
-                simulate(
+                federate(
                     config,
                     chosen.federation,
                     superlink=superlink,

@@ -60,7 +60,7 @@ def describe(message: Message, context: Context) -> Message:
             "eval_examples": len(holdings.evaluation.texts),
             "label_names": "\n".join(holdings.label_names),
             "held": ",".join(b for b in request.bundles.split(",") if b and home.bundles.holds(b)),
-            "policy": home.policy.model_dump_json(by_alias=True, exclude={"bottom_models"}),
+            "policy": home.policy.public_json(),
         }
     )
     return Message(RecordDict({DEVICE: record}), reply_to=message)

@@ -35,8 +35,8 @@ from privtune_flwr.scenario import Federation
 
 _START_SECONDS = 60.0
 _PROFILE = "privtune"
-# what Flower packs into an app: source and scenarios, never results
-_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "results", "*.json", "*.png")
+# what Flower packs into an app: source and scenarios, never the studies' stored results
+_IGNORED = ["__pycache__", "*.pyc", "*.json", "*.png"]
 
 
 def stage_app(target: Path, *, client_app: str = "privtune_flwr.client_app:app") -> Path:
@@ -51,7 +51,8 @@ def stage_app(target: Path, *, client_app: str = "privtune_flwr.client_app:app")
     """
     for package in (privtune_flwr, strategies, simulations):
         source = Path(str(package.__file__)).parent
-        shutil.copytree(source, target / source.name, ignore=_IGNORED)
+        ignored = [*_IGNORED, "results"] if package is simulations else _IGNORED
+        shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns(*ignored))
     config: dict[str, dict[str, Scalar]] = {}
     for key, value in flatten(RunConfig()).items():
         section, _, name = key.partition(".")
@@ -94,9 +95,9 @@ def app_folder() -> Iterator[Path]:
         yield stage_app(Path(folder))
 
 
-def simulate(
+def federate(
     config: RunConfig,
-    federation: Federation,
+    federation: Federation | None,
     *,
     superlink: SuperLink,
     app: Path,
@@ -108,8 +109,8 @@ def simulate(
     ----------
     config : RunConfig
         With ``run.name`` set and ``run.folder`` absolute.
-    federation : Federation
-        Number of virtual devices and their resources.
+    federation : Federation or None
+        Number of virtual devices and their resources; None where SuperNodes are real.
     superlink : SuperLink
         From :func:`local_superlink`.
     app : Path
@@ -137,26 +138,30 @@ def simulate(
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A running SuperLink in simulation mode.
+    """A running SuperLink.
 
     Attributes
     ----------
     home : Path
         Its ``FLWR_HOME``; ``superlink.log`` is in it.
+    address : str
+        Host and port.
     environment : dict
         What ``flwr`` commands need to reach it.
     """
 
     home: Path
+    address: str
     environment: dict[str, str]
 
     def flwr_run(
-        self, app: Path, run_config: Mapping[str, Scalar], federation: Federation
+        self, app: Path, run_config: Mapping[str, Scalar], federation: Federation | None
     ) -> subprocess.Popen[str]:
         """Start ``flwr run`` and stream its log to the process's standard output."""
         overrides = self.home / f"run-{time.monotonic_ns()}.toml"
         overrides.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
-        size = (
+        # a SuperLink of real devices has no size to set
+        size = federation and (
             f"num-supernodes={federation.num_supernodes} "
             f"client-resources-num-cpus={federation.client_cpus} "
             f"client-resources-num-gpus={federation.client_gpus}"
@@ -170,8 +175,7 @@ class SuperLink:
                 "--stream",
                 "--run-config",
                 str(overrides),
-                "--federation-config",
-                size,
+                *(["--federation-config", size] if size else []),
             ],
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -181,8 +185,13 @@ class SuperLink:
 
 
 @contextmanager
-def local_superlink() -> Iterator[SuperLink]:
-    """Start a SuperLink for simulations; end it and all it started on the way out.
+def local_superlink(*, simulation: bool = True) -> Iterator[SuperLink]:
+    """Start a SuperLink on loopback; end it and all it started on the way out.
+
+    Parameters
+    ----------
+    simulation : bool
+        Whether it simulates its devices; else SuperNodes connect to ``address``.
 
     Raises
     ------
@@ -210,7 +219,7 @@ def local_superlink() -> Iterator[SuperLink]:
             [
                 _script("flower-superlink"),
                 "--insecure",
-                "--simulation",
+                *(["--simulation"] if simulation else []),
                 "--isolation",
                 "subprocess",
                 "--host",
@@ -228,7 +237,7 @@ def local_superlink() -> Iterator[SuperLink]:
         )
     try:
         _wait_until_healthy(process, port, log)
-        yield SuperLink(home, environment)
+        yield SuperLink(home, f"127.0.0.1:{port}", environment)
     finally:
         end_process_tree(process.pid)
         shutil.rmtree(home, ignore_errors=True)

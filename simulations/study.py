@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
-from privtune_flwr.launcher import app_folder, local_superlink, simulate
+from privtune_flwr.launcher import app_folder, federate, local_superlink
 from privtune_flwr.results.run_folder import write_text
 from privtune_flwr.scenario import Federation
 
@@ -85,7 +85,7 @@ def run_study(
             target_run = Path(config.run.folder) / config.run.name
             if not (target_run / "results.json").exists():
                 log = runs / f"{case.name}.log"
-                simulate(
+                federate(
                     config,
                     Federation(num_supernodes=case.devices),
                     superlink=superlink,

@@ -25,7 +25,7 @@ from strategies.exchange import Exchange, failure
 
 logger = logging.getLogger("privtune.cloud")
 
-PART_BYTES = 32 * 2**20
+PART_BYTES = 64 * 2**20
 
 
 @dataclass

@@ -287,6 +287,7 @@ class SplitTuning(Strategy):
 
     def _run_round(self, number: int, grid: Grid) -> dict[str, Any]:
         record: dict[str, Any] = {"round": number, "kind": "train"}
+        begun = time.perf_counter()
         waited, decoded = self._exchange.seconds_waited, self.cloud.seconds["decode"]
         if self.plan.rounds[number - 1].releases:
             replies = self._exchange.collect()
@@ -301,6 +302,8 @@ class SplitTuning(Strategy):
         start = time.perf_counter()
         record |= self._train(number)
         record["seconds_top"] = time.perf_counter() - start
+        # wall time of the round without tests, evaluation and checkpoint
+        record["seconds_round"] = time.perf_counter() - begun
         if self._due(number, self.config.train.test_every) and self._test:
             logits_BC = self.trainer.logits(self.store.training_rows(), self._test)
             accuracy, loss = accuracy_and_loss(logits_BC, [e.label for e in self._test])

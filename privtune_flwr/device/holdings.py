@@ -70,8 +70,9 @@ def open_holdings(config: RunConfig, node_config: Mapping[str, Any], home: Devic
     config : RunConfig
         Source, split and partitioner, for devices that hold a part of a shared source.
     node_config : Mapping
-        ``data`` names the device's own file (csv, jsonl or parquet); ``text-column``,
-        ``label-column`` and ``labels`` say how to read it. Else ``partition-id`` and
+        ``data`` names the device's own file (csv, jsonl or parquet); ``text-column`` and
+        ``label-column`` (never the run's: class names leave with the description) and ``labels``
+        say how to read it. Else ``partition-id`` and
         ``num-partitions``.
     home : DeviceHome
         Its secret keys the order of the examples.
@@ -81,8 +82,8 @@ def open_holdings(config: RunConfig, node_config: Mapping[str, Any], home: Devic
         data = config.data.model_copy(
             update={
                 "source": f"file:{Path(own_file).expanduser()}",
-                "text_column": str(node_config.get("text-column", config.data.text_column)),
-                "label_column": str(node_config.get("label-column", config.data.label_column)),
+                "text_column": str(node_config.get("text-column", "text")),
+                "label_column": str(node_config.get("label-column", "label")),
                 "labels": str(node_config.get("labels", config.data.labels)),
             }
         )

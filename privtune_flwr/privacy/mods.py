@@ -41,13 +41,13 @@ from privtune_flwr.protocol import (
     RELEASE,
     RELEASE_HEADER,
     SMASHED,
+    DescribeRequest,
     ReleaseRequest,
     check_release,
     read_description,
     read_metrics,
 )
-from privtune_flwr.protocol.replies import EVALUATE_METRICS, MARK
-from privtune_flwr.protocol.requests import REQUEST
+from privtune_flwr.protocol.replies import EVALUATE_METRICS, MARK, MAX_LABELS
 
 logger = logging.getLogger("privtune.device")
 
@@ -246,7 +246,7 @@ def _checked(message: Message, context: Context, reply: Message) -> Message:
     if action == RELEASE:
         _check_marked_release(message, context, content)
     elif action == DESCRIBE:
-        read_description(content, str(message.content.config_records[REQUEST]["run_id"]))
+        _check_description(message, context, content)
     elif action == PROVISION:
         if set(content) != {METRICS}:
             raise GuardError("records: provision answers with metrics only")
@@ -261,6 +261,17 @@ def _checked(message: Message, context: Context, reply: Message) -> Message:
     return Message(content, reply_to=message)
 
 
+def _check_description(message: Message, context: Context, content: RecordDict) -> None:
+    """Free text leaves in the class names only: every other string must be what it stands for."""
+    request = DescribeRequest.from_content(message.content)
+    home = device_home(context, request.run_id)
+    record = read_description(content, request.run_id)
+    if record["device_id"] != home.device_id or record["policy"] != home.policy.public_json():
+        raise GuardError("device: not this device's id and policy")
+    if not set(str(record["held"]).split(",")) <= {"", *request.bundles.split(",")}:
+        raise GuardError("device.held: names a bundle that was not asked about")
+
+
 def _check_marked_release(message: Message, context: Context, content: RecordDict) -> None:
     request = ReleaseRequest.from_content(message.content)
     home = device_home(context, request.run_id)
@@ -268,10 +279,16 @@ def _check_marked_release(message: Message, context: Context, content: RecordDic
     hidden = header.get("hidden", 0)
     if not isinstance(hidden, int) or isinstance(hidden, bool) or hidden < 1:
         raise GuardError(f"{RELEASE_HEADER}.hidden: missing")
-    arrays = check_release(content, request, hidden=hidden, num_labels=2**31, marked=True)
-    if arrays.pop(LABELS, None) is not None:
+    arrays = check_release(content, request, hidden=hidden, num_labels=MAX_LABELS, marked=True)
+    if content.config_records[RELEASE_HEADER]["device_id"] != home.device_id:
+        raise GuardError(f"{RELEASE_HEADER}.device_id: not this device's")
+    labels_B = arrays.pop(LABELS, None)
+    if labels_B is not None:
         home.policy.check_labels(True)
+        content[LABELS] = ArrayRecord({LABELS: Array(labels_B)})
     mark = content.config_records[RELEASE_HEADER].pop(MARK)
     assert isinstance(mark, bytes)
     if not hmac.compare_digest(mark, mark_of(home, request, arrays)):
         raise GuardError("mark: these bytes did not come out of the mechanism")
+    # serialised anew: a blob may hold more than the values that were checked
+    content[SMASHED] = ArrayRecord({name: Array(value) for name, value in arrays.items()})

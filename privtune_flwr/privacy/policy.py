@@ -39,6 +39,10 @@ class DevicePolicy(Section):
     max_bundle_bytes: int = Field(4 * 2**30, gt=0, description="largest bundle accepted")
     min_metric_examples: int = Field(5, ge=1, description="fewest examples a metric may cover")
 
+    def public_json(self) -> str:
+        """Say the bounds to the cloud, without the list of bottom models."""
+        return self.model_dump_json(by_alias=True, exclude={"bottom_models"})
+
     def check_mechanism(self, name: str, eta_max: float | None) -> None:
         """Refuse a mechanism or strength beyond the bounds.
 
@@ -53,7 +57,8 @@ class DevicePolicy(Section):
                 f"allowed: {', '.join(self.mechanisms) or 'none at all'}"
             )
         eta = math.inf if eta_max is None else eta_max
-        if eta > self.max_eta:
+        # written so that a strength that is not a number is refused
+        if not eta <= self.max_eta:
             raise Refusal(f"policy.max-eta: the run needs {eta:.6g}, allowed: {self.max_eta:.6g}")
 
     def check_labels(self, wanted: bool) -> None:
@@ -107,7 +112,7 @@ def load_policy(node_config: Mapping[str, Any], *, simulated: bool) -> DevicePol
     if path:
         try:
             values |= tomllib.loads(Path(str(path)).read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"policy = {str(path)!r}: {type(error).__name__}") from None
     for key, value in node_config.items():
         if key.startswith(NODE_CONFIG_PREFIX):

@@ -123,11 +123,13 @@ class ReleaseRequest(_Terms):
 
     @property
     def release_key(self) -> str:
-        """What makes a release distinct: model, mechanism and epoch. Keys noise and ledger.
+        """What makes a release distinct: model, mechanism, cut-off, epoch. Keys noise and ledger.
 
-        The wire format is not part of it: it rounds what the mechanism has already made.
+        The cut-off is part of it: another one gives another sentence and so independent noise,
+        which must count as a release of its own. The wire format is not: it rounds what the
+        mechanism has already made.
         """
-        return f"{self.bottom_id}/{self.spec.id}/{self.epoch}"
+        return f"{self.bottom_id}/{self.spec.id}/{self.max_length}/{self.epoch}"
 
 
 @dataclass(frozen=True, kw_only=True)

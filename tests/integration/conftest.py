@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
-from privtune_flwr.launcher import SuperLink, local_superlink, simulate, stage_app
+from privtune_flwr.launcher import SuperLink, local_superlink, stage_app
+from privtune_flwr.launcher import federate as launch
 from privtune_flwr.scenario import Federation
 
 HERE = Path(__file__).parent
@@ -94,7 +95,7 @@ def federate(
                 on_line(line)
 
         try:
-            folder = simulate(
+            folder = launch(
                 config,
                 Federation(num_supernodes=devices),
                 superlink=superlink,

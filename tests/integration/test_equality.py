@@ -12,12 +12,11 @@ from conftest import Run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from privtune_flwr.assets import model_folder
-from privtune_flwr.data import load_source, split_source, tokenise
-from privtune_flwr.device import open_holdings, open_home
+from privtune_flwr.data import load_source, split_source
+from privtune_flwr.device import Holdings, open_holdings, open_home
 from privtune_flwr.models import cut_model, export
-from privtune_flwr.training.batches import batch_order
 from privtune_flwr.training.plan import make_plan
-from privtune_flwr.training.trainer import schedule_factor
+from simulations.central import Pass, train_uncut
 
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
 
@@ -50,63 +49,25 @@ def uncut_losses(run: Run, tmp_path: Path) -> list[float]:
     model.bert.embeddings.requires_grad_(False)
     model.bert.encoder.layer[:2].requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
-    texts: dict[tuple[str, int], tuple[list[str], list[int]]] = {}
-    counts_train, counts_eval = {}, {}
+    held: dict[str, Holdings] = {}
     for partition in range(DEVICES):
         node = {"partition-id": partition, "num-partitions": DEVICES}
         home = open_home(node, run_id="0" * 32, simulated=True, seed=config.run.seed)
-        held = open_holdings(config, node, home)
-        counts_train[home.device_id] = len(held.train.texts)
-        counts_eval[home.device_id] = len(held.evaluation.texts)
-        size = config.privacy.chunk_size
-        for number in range(-(-len(held.train.texts) // size)):
-            part = held.chunk("train", number, size)
-            texts[home.device_id, number] = (part.texts, part.labels)
-    plan = make_plan(counts_train, counts_eval, config)
-    head = [p for n, p in model.named_parameters() if n.startswith("classifier")]
-    blocks = [
-        p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("classifier")
-    ]
-    decays = config.train.weight_decay
-    groups = [
-        {"params": [p for p in part if (p.ndim > 1) == matrix], "lr": lr, "weight_decay": decay}
-        for part, lr in (
-            (blocks, config.train.learning_rate),
-            (head, config.train.head_learning_rate),
-        )
-        for matrix, decay in ((True, decays), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    base = [g["lr"] for g in optimizer.param_groups]
-    total = sum(
-        -(-sum(a.examples for a in plan.train_asks(r.number)) // config.train.batch_size)
-        for r in plan.rounds
+        held[home.device_id] = open_holdings(config, node, home)
+    plan = make_plan(
+        {device: len(h.train.texts) for device, h in held.items()},
+        {device: len(h.evaluation.texts) for device, h in held.items()},
+        config,
     )
-    losses: list[float] = []
+    passes = []
     for current in plan.rounds:
-        joined = [texts[a.device, a.chunk] for a in plan.train_asks(current.number)]
-        ids = tokenise(tokenizer, [t for ts, _ in joined for t in ts], config.model.max_length)
-        labels = [v for _, vs in joined for v in vs]
-        seed = [config.run.seed, 2, current.number]
-        for batch in batch_order([len(i) for i in ids], config.train.batch_size, seed):
-            factor = schedule_factor(len(losses), total, config.train)
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * factor
-            padded = tokenizer.pad(
-                {"input_ids": [ids[i].tolist() for i in batch]}, return_tensors="pt"
-            )
-            logits = model(**padded).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits, torch.tensor([labels[i] for i in batch])
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(
-                [p for g in optimizer.param_groups for p in g["params"]], config.train.clip_norm
-            )
-            optimizer.step()
-            losses.append(float(loss.detach()))
-    return losses
+        chunks = [
+            held[ask.device].chunk("train", ask.chunk, config.privacy.chunk_size)
+            for ask in plan.train_asks(current.number)
+        ]
+        texts = [text for chunk in chunks for text in chunk.texts]
+        passes.append(Pass(current.number, texts, [v for chunk in chunks for v in chunk.labels]))
+    return train_uncut(model, tokenizer, passes, config, head="classifier").losses
 
 
 def test_the_loss_curve_is_that_of_one_process(run: Run, tmp_path: Path) -> None:
