@@ -78,6 +78,13 @@ class Exchange:
             self.traffic.add(self._name(node), down=down, messages=1)
         self._ids = {i for i in self._grid.push_messages(messages) if i}
 
+    def identify(self, node: int, device: str) -> None:
+        """Learn which device a node is; what was counted for the node so far becomes its own."""
+        earlier = self.traffic.totals.pop(self._name(node), None)
+        self.names[node] = device
+        if earlier:
+            self.traffic.add(device, **earlier)
+
     def _name(self, node: int) -> str:
         return self.names.get(node, f"node-{node}")
 

@@ -120,7 +120,7 @@ def describe(
                 f"{len(names)} label names that differ from the other devices'; set data.labels"
             )
         else:
-            exchange.names[node] = device
+            exchange.identify(node, device)
             fleet.nodes[device] = node
             fleet.train[device] = int(str(record["train_examples"]))
             fleet.evaluation[device] = int(str(record["eval_examples"]))

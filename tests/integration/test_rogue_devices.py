@@ -23,7 +23,7 @@ REASONS = {
     2: "NaN or Inf",
     3: "wrong shape",
     4: "wrong chunk",
-    5: "dtype float64",
+    5: "wrong dtype",
     6: "oversize",
     7: "lengths",
     8: "records: must be",

@@ -1,0 +1,47 @@
+"""Shared by the tests of the core: a real bottom model, and devices that hold it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from device_kit import Device
+
+from privtune_flwr.assets import model_folder
+from privtune_flwr.bundle import BundleCache, Manifest
+from privtune_flwr.models import CutModel, cut_model
+
+
+@pytest.fixture(scope="session")
+def minilm() -> CutModel:
+    """MiniLM cut at 1, with two classes. Copy its top model before training it."""
+    return cut_model(model_folder("minilm"), cut=1, num_labels=2, head="native", seed=0)
+
+
+@pytest.fixture(scope="session")
+def bottom_bundle(
+    minilm: CutModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
+    """A cache that holds the bottom model's bundle, and its manifest."""
+    root = tmp_path_factory.mktemp("bottom")
+    minilm.bottom.save(root / "files")
+    manifest = BundleCache(root / "bundles").add_folder(root / "files")
+    shutil.rmtree(root / "files")
+    return root / "bundles", manifest
+
+
+@pytest.fixture(scope="session")
+def make_device(
+    bottom_bundle: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Device]:
+    """Make a provisioned device of its own; keyword ``run`` is the run config, others the node's."""
+    bundles, manifest = bottom_bundle
+
+    def make(run: dict[str, Any] | None = None, **node_config: Any) -> Device:
+        dashed = {key.replace("_", "-"): value for key, value in node_config.items()}
+        return Device(tmp_path_factory.mktemp("home"), bundles, manifest.id, dashed, run or {})
+
+    return make
