@@ -24,7 +24,7 @@ from privtune_flwr.device import DeviceHome, Holdings, open_holdings
 from privtune_flwr.errors import Refusal
 from privtune_flwr.models import BottomModel, load_tokenizer
 from privtune_flwr.privacy.mods import artefact_path, device_home, egress_guard, privacy_mod
-from privtune_flwr.privacy.registry import create_mechanism
+from privtune_flwr.privacy.registry import create_mechanism, mechanism_class
 from privtune_flwr.protocol import (
     CLEAN,
     DEVICE_ONLY,
@@ -172,11 +172,8 @@ def _check_terms(request: DescribeRequest | ReleaseRequest, home: DeviceHome) ->
     home.policy.check_labels(request.labels)
     spec = request.spec
     if spec.artefact and not home.bundles.holds(spec.artefact):
-        # the strength of an artefact is known once it is here; until then its declared one counts
-        declared = spec.params.get("eta")
-        home.policy.check_mechanism(
-            spec.name, float(declared) if isinstance(declared, int | float) else None
-        )
+        # how strong an artefact makes it is known once it is here; until then the bound counts
+        home.policy.check_mechanism(spec.name, mechanism_class(spec.name).declared_eta(spec))
     else:
         mechanism = create_mechanism(spec, artefact_path(home, spec.artefact))
         home.policy.check_mechanism(mechanism.name, mechanism.eta_max)

@@ -5,6 +5,7 @@ Everything here is made from public things: a public model, public text, the run
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from datasets import Dataset
 
 from privtune_flwr.assets import cache_root
 from privtune_flwr.bundle import BundleCache, Manifest
 from privtune_flwr.codec import get_codec
-from privtune_flwr.config import RunConfig
+from privtune_flwr.config import ConfigError, RunConfig
 from privtune_flwr.data import load_public_text, load_source, split_source, tokenise
 from privtune_flwr.models import (
     BottomModel,
@@ -36,6 +38,7 @@ from privtune_flwr.training.store import SmashedStore
 from privtune_flwr.training.trainer import TopModelTrainer
 
 Rows = npt.NDArray[np.float32]
+logger = logging.getLogger("privtune.cloud")
 TEST_CHUNK = 256
 TEST_DEVICE = "cloud"
 
@@ -138,16 +141,13 @@ class CloudSide:
         data = self.config.data
         if data.test_source == "none" or data.test_examples == 0:
             return 0
-        source = load_source(
-            data.source,
-            text_column=data.text_column,
-            label_column=data.label_column,
-            labels=[name for name in data.labels.split(",") if name],
-        )
-        test = split_source(source, data, seed=self.config.run.seed).test
-        if test is None:
-            return 0
+        test = self._load_test_set(labels)
         names = test.features["label"].names
+        if not set(names) <= set(labels):
+            raise ConfigError(
+                f"data.test-source = {data.test_source!r}: its classes {', '.join(names)} are not "
+                f"the devices' {', '.join(labels)}; allowed: none, or a source with these classes"
+            )
         position = [list(labels).index(name) for name in names]
         ids = tokenise(self.bottom.tokenizer, list(test["text"]), self.config.model.max_length)
         codec = get_codec(self.config.privacy.wire)
@@ -167,6 +167,22 @@ class CloudSide:
             wanted = [position[int(v)] for v in test["label"][start : start + TEST_CHUNK]]
             store.append((TEST_DEVICE, "test", 0, chunk), rows_ND, lengths.tolist(), wanted)
         return len(ids)
+
+    def _load_test_set(self, labels: Sequence[str]) -> Dataset:
+        data, seed = self.config.data, self.config.run.seed
+        held_out = data.test_source == "held-out"
+        source = load_source(
+            data.source if held_out else data.test_source,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            labels=[name for name in data.labels.split(",") if name] if held_out else labels,
+        )
+        if held_out:
+            test = split_source(source, data, seed=seed).test
+            assert test is not None
+            return test
+        order = np.random.default_rng(seed).permutation(len(source))
+        return source.select(order[: data.test_examples])
 
 
 def prepare_cloud(config: RunConfig) -> CloudSide:
@@ -189,6 +205,7 @@ def prepare_cloud(config: RunConfig) -> CloudSide:
     )
     _check_length(config, cut.bottom)
     bundles = [_bundle(cache, cut.bottom.save)]
+    logger.info("mechanism %s: tables of public text are built once", config.privacy.mechanism)
     public = PublicKnowledge(
         cut.bottom,
         cut.tokenizer,

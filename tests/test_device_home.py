@@ -171,6 +171,9 @@ def test_a_run_cannot_pick_the_column_that_leaves_as_class_names(
     data = RunConfig().data.model_copy(update={"text_column": "review", "label_column": "who"})
     config = RunConfig().model_copy(update={"data": data})
     columns = {"text-column": "review", "label-column": "mood"}
-    assert held_by(tmp_path / "a", config, data=str(own_csv), **columns).label_names == ("bad", "good")
+    assert held_by(tmp_path / "a", config, data=str(own_csv), **columns).label_names == (
+        "bad",
+        "good",
+    )
     with pytest.raises(Exception, match="'text'"):
         held_by(tmp_path / "a", config, data=str(own_csv))

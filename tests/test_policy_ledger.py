@@ -16,11 +16,11 @@ from privtune_flwr.privacy.ledger import Ledger
 from privtune_flwr.privacy.mods import REFUSED
 from privtune_flwr.privacy.policy import DevicePolicy, load_policy
 
-TEXT = b"the ending made me cry"
-
 
 def policy(**values: Any) -> DevicePolicy:
-    return load_policy({f"policy-{k.replace('_', '-')}": v for k, v in values.items()}, simulated=False)
+    return load_policy(
+        {f"policy-{k.replace('_', '-')}": v for k, v in values.items()}, simulated=False
+    )
 
 
 # ------------------------------------------------------------------------------------------ policy
@@ -57,7 +57,10 @@ def test_each_bound_refuses_and_names_itself(bounds: dict[str, Any], ask: Any, n
 
 def test_what_is_within_the_bounds_passes() -> None:
     bounds = policy(
-        mechanisms="dchi,none", max_eta=10, share_labels=True, bottom_models=f"{'a' * 64},{'b' * 64}"
+        mechanisms="dchi,none",
+        max_eta=10,
+        share_labels=True,
+        bottom_models=f"{'a' * 64},{'b' * 64}",
     )
     bounds.check_mechanism("dchi", 10.0)
     bounds.check_labels(True)
@@ -189,7 +192,6 @@ def test_the_file_is_the_owners_and_says_nothing_about_the_text(make_device: Any
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     stored = b"".join(p.read_bytes() for p in device.root.glob("ledger.sqlite*"))
     for text in device.holdings.chunk("train", 0, 4).texts:
-        key = device.home.example_key(text)
-        assert key in stored
+        assert device.home.example_key(text) in stored
         for word in text.split():
             assert len(word) < 6 or word.encode() not in stored

@@ -192,6 +192,16 @@ class Mechanism(ABC):
     ) -> NDArray[np.float64]:
         """Perturb checked float64 rows; the result is checked and rounded by :meth:`perturb`."""
 
+    @classmethod
+    def declared_eta(cls, spec: MechanismSpec) -> float | None:
+        """Largest effective eta that a specification admits, told without its artefact.
+
+        A device holds a run's terms against its policy before it is provisioned; once the artefact
+        is there, :attr:`eta_max` decides.
+        """
+        eta = spec.params.get("eta")
+        return float(eta) if isinstance(eta, int | float) else None
+
     def shift(self) -> NDArray[np.floating[Any]] | None:
         """Known mean of the noise for each token, (V, d), or ``None`` where it is zero.
 

@@ -43,6 +43,7 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
         "name": strategy.folder.name,
         "final": {key: last[key] for key in _FINAL if key in last},
         "rounds": len(rounds),
+        "per_round": rounds,
         "steps": strategy.trainer.steps,
         "devices": {
             "used": len({c.device for c in strategy.store if c.split == "train"}),

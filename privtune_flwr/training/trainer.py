@@ -159,5 +159,5 @@ def accuracy_and_loss(
     """Share of right predictions and mean cross-entropy."""
     target = torch.tensor(list(labels))
     logits = torch.from_numpy(logits_BC)
-    accuracy = float((logits.argmax(1) == target).float().mean())
+    accuracy = int((logits.argmax(1) == target).sum()) / len(target)
     return accuracy, float(nn.functional.cross_entropy(logits, target))

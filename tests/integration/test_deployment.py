@@ -38,7 +38,7 @@ SETTINGS = {
     **SMALL,
     "privacy.mechanism": "dchi",
     "privacy.eta": 60.0,
-    "model.cut": 0,
+    "model.cut": 2,
     "data.train-examples": 96,
     "data.test-examples": 32,
     "data.labels": "negative,positive",

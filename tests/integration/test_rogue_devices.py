@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
 SETTINGS = {
     "privacy.mechanism": "dchi",
     "privacy.eta": 50.0,
-    "model.cut": 0,
+    "model.cut": 2,
     "train.epochs": 2,
     "data.train-examples": 192,
     "privacy.chunk-size": 8,

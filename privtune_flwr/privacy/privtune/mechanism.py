@@ -130,6 +130,14 @@ class PrivTune(Mechanism):
             )
         return cls(spec, eta=eta, shift_VD=shift_VD, scale_V=scale_V)
 
+    @classmethod
+    def declared_eta(cls, spec: MechanismSpec) -> float | None:
+        """Bound eta / min s by eta / importance_floor: no scale of a valid artefact is smaller."""
+        eta, floor = spec.params.get("eta"), spec.params.get("importance_floor")
+        if not isinstance(eta, int | float) or not isinstance(floor, int | float) or floor <= 0:
+            return None
+        return float(eta) / float(floor)
+
     @property
     def eta_max(self) -> float:
         """Effective eta of the token with the least noise: eta / min s."""
