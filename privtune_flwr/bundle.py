@@ -146,7 +146,7 @@ class BundleCache:
             raise BundleError("bundle part: number out of range")
         try:
             return self._keep(manifest, part, parts, data)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             # another process published the bundle and cleared away what had arrived
             if not self.holds(manifest.id):
                 raise

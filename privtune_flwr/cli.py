@@ -167,7 +167,8 @@ def results(
     for path in runs:
         file = path if path.suffix == ".json" else path / "results.json"
         if not file.is_file():
-            console.print(f"[red]privtune:[/red] {path}: has no results.json (yet)")
+            message = f"[red]privtune:[/red] {path}: has no results.json (yet)"
+            console.print(message, highlight=False, soft_wrap=True)
             raise typer.Exit(1)
         loaded.append(json.loads(file.read_text(encoding="utf-8")))
     print_results(loaded)

@@ -124,6 +124,7 @@ def federate(
         If the run left no results.
     """
     target = Path(config.run.folder) / config.run.name
+    before = _written(target / "results.json")
     process = superlink.flwr_run(app, flatten(config), federation)
     assert process.stdout is not None
     try:
@@ -131,9 +132,14 @@ def federate(
     finally:
         process.terminate()
         process.wait()
-    if not (target / "results.json").exists():
+    # a resumed run may have results of an earlier end: only new ones count
+    if _written(target / "results.json") == before:
         raise RunError(f"the run left no results in {target}")
     return target
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -146,12 +152,15 @@ class SuperLink:
         Its ``FLWR_HOME``; ``superlink.log`` is in it.
     address : str
         Host and port.
+    pid : int
+        Its process; a simulation's processes are below it.
     environment : dict
         What ``flwr`` commands need to reach it.
     """
 
     home: Path
     address: str
+    pid: int
     environment: dict[str, str]
 
     def flwr_run(
@@ -237,7 +246,7 @@ def local_superlink(*, simulation: bool = True) -> Iterator[SuperLink]:
         )
     try:
         _wait_until_healthy(process, port, log)
-        yield SuperLink(home, f"127.0.0.1:{port}", environment)
+        yield SuperLink(home, f"127.0.0.1:{port}", process.pid, environment)
     finally:
         end_process_tree(process.pid)
         shutil.rmtree(home, ignore_errors=True)

@@ -2,7 +2,8 @@
 
 ``python -m simulations.headline``: MiniLM cut at 2, movie-snippets, ten devices, three seeds;
 ``none``, ``privtune`` as first shipped with and without the cloud's decoder, ``dchi`` at two
-strengths. Rows go to ``simulations/results/headline.json``, the table to ``headline.md`` beside it.
+strengths. Rows go to
+``simulations/results/headline.json``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from privtune_flwr.audit.measure import Recovery, recovery
 from privtune_flwr.audit.nearest import NearestNeighbour
 from privtune_flwr.audit.operator import ReleasedText, open_run, released_text
 from privtune_flwr.config import Scalar
-from privtune_flwr.results.run_folder import write_text
-from simulations.study import RESULTS, Case, run_study
+from simulations.study import Case, run_study
 
 SENTENCES = 400
 VARIANTS: dict[str, dict[str, Scalar]] = {
@@ -145,7 +145,6 @@ def main(
         for variant, settings in VARIANTS.items()
     ]
     rows = run_study("headline", cases, runs=runs, measure=attack)
-    write_text(RESULTS / "headline.md", table(rows))
     print(table(rows))
 
 

@@ -37,7 +37,7 @@ def bottom_bundle(
 def make_device(
     bottom_bundle: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Device]:
-    """Make a provisioned device of its own; keyword ``run`` is the run config, others the node's."""
+    """Make a provisioned device; ``run`` is the run config, other keywords the node config."""
     bundles, manifest = bottom_bundle
 
     def make(run: dict[str, Any] | None = None, **node_config: Any) -> Device:

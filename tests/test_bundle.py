@@ -90,8 +90,7 @@ def test_wrong_bytes_are_refused_and_dropped(source: Path, cache: BundleCache) -
     manifest, parts = parts_of(source)
     wrong = [*parts[:2], bytes(300), *parts[3:]]
     with pytest.raises(BundleError, match="does not match its hash"):
-        for number, data in enumerate(wrong):
-            cache.receive(manifest, number, len(wrong), data)
+        [cache.receive(manifest, n, len(wrong), data) for n, data in enumerate(wrong)]
     assert list(cache.root.iterdir()) == []
     arrived = [cache.receive(manifest, n, len(parts), d) for n, d in enumerate(parts)]
     assert arrived == [False] * 4 + [True]

@@ -1,0 +1,81 @@
+"""Puts stored results into the README: ``python -m simulations.readme``.
+
+No figure in a table of the README is typed by hand; a test renders it again and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simulations.headline import table
+from simulations.study import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return content
+
+
+def headline() -> str:
+    """Accuracy and recovery of each release."""
+    return table(_load("headline.json")["rows"])
+
+
+def transport() -> str:
+    """Training time, messages and bytes of three transports."""
+    content = _load("transport.json")
+    lines = [
+        "| transport | training, s | messages | kB up an example | kB down an example | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in content["comparison"]:
+        lines.append(
+            f"| {row['name']} | {row['training_seconds']:.0f} | {row['messages']} "
+            f"| {row['bytes_up_per_example'] / 1e3:.1f} | {row['bytes_down_per_example'] / 1e3:.2f} "
+            f"| {row['accuracy']:.4f} |"
+        )
+    lines += ["", "Ratios of the same run:", ""]
+    lines += [f"- {name}: {value:.3f}" for name, value in content["ratios"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def scale() -> str:
+    """Driver memory with few and with many devices."""
+    lines = [
+        "| devices | a round | driver peak, MB | store, MB | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _load("scale.json")["rows"]:
+        lines.append(
+            f"| {row['devices_used']} | {row['devices_a_round']} "
+            f"| {row['memory']['driver_peak_bytes'] / 1e6:.0f} | {row['store_bytes'] / 1e6:.0f} "
+            f"| {row['seconds']['total']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "transport": transport,
+    "scale": scale,
+}
+
+
+def render(text: str) -> str:
+    """Replace what stands between ``<!-- name -->`` and its closing mark by stored results."""
+    for name, make in _TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README has no place for {name}")
+        text = pattern.sub(lambda found, make=make: found[1] + make() + found[2], text)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
