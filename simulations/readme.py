@@ -37,8 +37,8 @@ def transport() -> str:
     for row in content["comparison"]:
         lines.append(
             f"| {row['name']} | {row['training_seconds']:.0f} | {row['messages']} "
-            f"| {row['bytes_up_per_example'] / 1e3:.1f} | {row['bytes_down_per_example'] / 1e3:.2f} "
-            f"| {row['accuracy']:.4f} |"
+            f"| {row['bytes_up_per_example'] / 1e3:.1f} "
+            f"| {row['bytes_down_per_example'] / 1e3:.2f} | {row['accuracy']:.4f} |"
         )
     lines += ["", "Ratios of the same run:", ""]
     lines += [f"- {name}: {value:.3f}" for name, value in content["ratios"].items()]

@@ -52,10 +52,14 @@ class Fleet:
     quarantined: dict[str, str] = field(default_factory=dict)
 
     def drop(self, device: str, reason: str) -> None:
-        """Take a device out of the run; what it sent before stays."""
-        self.quarantined[device] = reason
+        """Take a device out of the run; what it sent before stays.
+
+        A refusal is the device's own decision, everything else a fault; they are listed apart.
+        """
+        refused = reason.startswith("refused")
+        (self.refused if refused else self.quarantined)[device] = reason
         self.nodes.pop(device, None)
-        logger.warning("device %s is quarantined: %s", device, reason)
+        logger.warning("%s %s: %s", device, "refuses" if refused else "is quarantined", reason)
 
 
 def wait_for_nodes(grid: Grid, run: RunSection) -> list[int]:
@@ -99,9 +103,7 @@ def describe(
     described: list[tuple[str, int, dict[str, object]]] = []
     for node, reply in replies.items():
         if why := failure(reply):
-            target = fleet.refused if why.startswith("refused") else fleet.quarantined
-            target[f"node-{node}"] = why
-            logger.warning("node %d: %s", node, why)
+            fleet.drop(f"node-{node}", why)
             continue
         assert reply is not None
         try:

@@ -23,12 +23,9 @@ from privtune_flwr.models import CutModel
 from privtune_flwr.protocol import (
     DescribeRequest,
     EvaluateRequest,
-    ReleaseRequest,
-    read_metrics,
-    read_release,
+    read_evaluation,
     to_message,
 )
-from privtune_flwr.protocol.replies import EVALUATE_METRICS
 from privtune_flwr.results.run_folder import RunFolder
 from privtune_flwr.training import checkpoint
 from privtune_flwr.training.plan import Ask, Plan, make_plan
@@ -36,6 +33,7 @@ from privtune_flwr.training.store import Example, SmashedStore
 from privtune_flwr.training.trainer import TopModelTrainer, accuracy_and_loss
 from strategies.exchange import Exchange, Traffic, failure
 from strategies.fleet import Fleet, describe, provision, wait_for_nodes
+from strategies.intake import Intake, terms_of
 
 logger = logging.getLogger("privtune.cloud")
 
@@ -70,7 +68,7 @@ class SplitTuning(Strategy):
         self.trainer: TopModelTrainer
         self.plan: Plan
         self._exchange: Exchange
-        self._asked: dict[int, Ask] = {}
+        self._intake: Intake
         self._test: list[Example] = []
         self._nodes = 0
 
@@ -83,14 +81,14 @@ class SplitTuning(Strategy):
 
         Chunks that are already in the store (a resumed run) are not asked for again.
         """
-        return self._requests(self.plan.rounds[server_round - 1].asks)
+        return self._intake.requests(self.plan.rounds[server_round - 1].asks)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Validate replies and keep what they carry; quarantine the senders of bad ones."""
         received = {reply.metadata.src_node_id: reply for reply in replies}
-        return None, MetricRecord({**self._ingest({n: received.get(n) for n in self._asked})})
+        return None, MetricRecord({**self._intake.keep(received)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -122,12 +120,12 @@ class SplitTuning(Strategy):
                 logger.warning("device %s did not evaluate: %s", device, why)
                 continue
             try:
-                metrics = read_metrics(reply.content, EVALUATE_METRICS)
+                metrics = read_evaluation(reply.content, self.fleet.evaluation.get(device, 0))
             except InvalidReplyError as error:
                 logger.warning("device %s: evaluation ignored: %s", device, error)
                 continue
             for key in totals:
-                totals[key] += metrics.get(key, 0.0)
+                totals[key] += metrics[key]
         if not totals["examples"]:
             return None
         return MetricRecord(
@@ -188,6 +186,9 @@ class SplitTuning(Strategy):
         self._gather(grid)
         self._restore()
         self.summary()
+        self._intake = Intake(
+            self.cloud, self.store, self.fleet, self.folder.run_id, len(self.model.spec.labels)
+        )
         self._test = self._test_examples()
         before = self.progress.seconds
         if self.progress.round < 0:
@@ -209,7 +210,8 @@ class SplitTuning(Strategy):
         nodes = wait_for_nodes(grid, self.config.run)
         self._nodes = len(nodes)
         request = DescribeRequest(
-            **self._terms(), bundles=",".join(manifest.id for manifest, _ in self.cloud.bundles)
+            **terms_of(self.cloud, self.folder.run_id),
+            bundles=",".join(manifest.id for manifest, _ in self.cloud.bundles),
         )
         self.fleet, held = describe(nodes, request, self._exchange)
         for bundle in self.cloud.bundles:
@@ -220,16 +222,6 @@ class SplitTuning(Strategy):
     def _why_none(self) -> str:
         reasons = sorted({*self.fleet.refused.values(), *self.fleet.quarantined.values()})
         return "; ".join(reasons[:5]) or "none of them holds a training example"
-
-    def _terms(self) -> dict[str, Any]:
-        per_epoch = self.config.privacy.release_policy == "per-epoch"
-        return {
-            "run_id": self.folder.run_id,
-            "bottom_id": self.cloud.bottom_id,
-            "mechanism": self.cloud.spec.to_json(),
-            "labels": self.config.privacy.labels == "shared",
-            "epochs": self.config.train.epochs if per_epoch else 1,
-        }
 
     def _restore(self) -> None:
         """Build top model and plan; take up a checkpoint where there is one.
@@ -275,8 +267,8 @@ class SplitTuning(Strategy):
 
     def _release_evaluation_examples(self) -> None:
         for wave in self.plan.evaluation:
-            self._exchange.post(self._requests(wave))
-            self._ingest(self._exchange.collect())
+            self._exchange.post(self._intake.requests(wave))
+            self._intake.keep(self._exchange.collect())
 
     # ---------------------------------------------------------------------------- one round
 
@@ -357,6 +349,7 @@ class SplitTuning(Strategy):
         self.progress.round = number
         self.progress.seconds = seconds
         self.progress.quarantined |= self.fleet.quarantined
+        self.progress.refused |= self.fleet.refused
         if self._saves_after(number):
             checkpoint.save(self.folder.checkpoint, self.trainer, self.progress)
             self.folder.write_jsonl("rounds.jsonl", self.progress.rounds)
@@ -391,63 +384,3 @@ class SplitTuning(Strategy):
 
     def _present(self, asks: Iterable[Ask]) -> Iterable[Ask]:
         return (ask for ask in asks if ask.key in self.store)
-
-    def _request(self, ask: Ask) -> ReleaseRequest:
-        return ReleaseRequest(
-            **self._terms(),
-            split=ask.split,
-            chunk=ask.chunk,
-            chunk_size=self.config.privacy.chunk_size,
-            epoch=ask.epoch,
-            wire=self.config.privacy.wire,
-            max_length=self.config.model.max_length,
-        )
-
-    def _requests(self, asks: Iterable[Ask]) -> list[Message]:
-        messages: list[Message] = []
-        self._asked = {}
-        for ask in asks:
-            node = self.fleet.nodes.get(ask.device)
-            if node is None or ask.key in self.store:
-                continue
-            self._asked[node] = ask
-            request = self._request(ask)
-            messages.append(to_message(request.to_content(), node, request.action))
-        return messages
-
-    def _ingest(self, replies: Mapping[int, Message | None]) -> dict[str, float]:
-        """Keep the valid replies in plan order, quarantine the others, add their metrics up."""
-        totals: dict[str, float] = {"devices": 0, "examples_new": 0, "noise_norm_sum": 0.0}
-        for node, ask in self._asked.items():
-            reply = replies.get(node)
-            if why := failure(reply):
-                if why.startswith("refused"):
-                    self.progress.refused[ask.device] = why
-                self.fleet.drop(ask.device, why)
-                continue
-            assert reply is not None
-            try:
-                if ask.key in self.store:
-                    raise InvalidReplyError("replay: this chunk is already in the store")
-                chunk = read_release(
-                    reply.content,
-                    self._request(ask),
-                    device_id=ask.device,
-                    examples=ask.examples,
-                    hidden=self.cloud.bottom.hidden_size,
-                    num_labels=self.model.spec.num_labels,
-                )
-            except InvalidReplyError as error:
-                self.fleet.drop(ask.device, str(error))
-                continue
-            labels = None if chunk.labels_B is None else chunk.labels_B.tolist()
-            self.store.append(ask.key, chunk.rows_ND, chunk.lengths_B.tolist(), labels)
-            totals["devices"] += 1
-            totals["examples_new"] += ask.examples
-            for key, value in chunk.metrics.items():
-                largest = key.startswith(("spent", "eta_max", "peak"))
-                totals[key] = (
-                    max(totals.get(key, 0.0), value) if largest else (totals.get(key, 0.0) + value)
-                )
-        self._asked = {}
-        return totals

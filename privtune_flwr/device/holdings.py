@@ -104,16 +104,19 @@ def open_holdings(config: RunConfig, node_config: Mapping[str, Any], home: Devic
     )
 
 
-# Caches only: a process that lacks them computes the same values.
-@lru_cache(maxsize=4)
-def _pool(data: DataConfig, seed: int) -> Dataset:
-    source = load_source(
+def _source(data: DataConfig) -> Dataset:
+    return load_source(
         data.source,
         text_column=data.text_column,
         label_column=data.label_column,
         labels=_names(data.labels),
     )
-    return split_source(source, data, seed=seed).pool
+
+
+# Caches only: a process that lacks them computes the same values.
+@lru_cache(maxsize=4)
+def _pool(data: DataConfig, seed: int) -> Dataset:
+    return split_source(_source(data), data, seed=seed).pool
 
 
 @lru_cache(maxsize=256)
@@ -125,12 +128,7 @@ def _shared_part(data: DataConfig, seed: int, partition: int, partitions: int) -
 
 def _own_part(data: DataConfig, home: DeviceHome) -> DeviceData:
     """Split a device's own file; which rows evaluate is keyed by its secret."""
-    whole = load_source(
-        data.source,
-        text_column=data.text_column,
-        label_column=data.label_column,
-        labels=_names(data.labels),
-    )
+    whole = _source(data)
     order = keyed_generator(home.derive("split"), "own file").permutation(len(whole))
     share = data.eval_examples / max(1, data.train_examples + data.eval_examples)
     evaluation = round(len(whole) * share)

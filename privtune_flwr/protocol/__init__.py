@@ -11,6 +11,7 @@ from privtune_flwr.protocol.replies import (
     check_release,
     read_arrays,
     read_description,
+    read_evaluation,
     read_metrics,
     read_release,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "check_release",
     "read_arrays",
     "read_description",
+    "read_evaluation",
     "read_metrics",
     "read_release",
     "to_message",

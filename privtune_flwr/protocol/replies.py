@@ -124,6 +124,23 @@ def read_metrics(content: RecordDict, allowed: Collection[str]) -> dict[str, flo
     return values
 
 
+def read_evaluation(content: RecordDict, examples: int) -> dict[str, float]:
+    """Read the sums of one device's evaluation over its ``examples`` examples.
+
+    Raises
+    ------
+    InvalidReplyError
+        If a sum is missing or cannot be true.
+    """
+    _require(set(content) == {METRICS}, f"records: must be {METRICS}")
+    values = read_metrics(content, EVALUATE_METRICS)
+    _require(set(values) == set(EVALUATE_METRICS), "metrics: a sum is missing")
+    _require(values["examples"] == examples, f"metrics.examples: must be {examples}")
+    _require(0 <= values["correct"] <= examples, "metrics.correct: out of range")
+    _require(values["loss_sum"] >= 0, "metrics.loss_sum: negative")
+    return values
+
+
 def read_arrays(
     record: ArrayRecord, schema: Mapping[str, tuple[str, tuple[int, ...]]], name: str
 ) -> dict[str, npt.NDArray[Any]]:
