@@ -99,7 +99,7 @@ class PrivacyConfig(Section):
 
     ``noise`` is E||r u|| in units (median distance of a bank entry to its nearest neighbour);
     ``eta`` overrides it when positive. The parameters from ``hops`` on are PrivTune's
-    (*reconstruction*, see docs/mechanisms.md).
+    (*reconstruction*, see privtune_flwr/privacy/privtune/mechanism.py).
     """
 
     mechanism: str = Field("privtune", min_length=1)

@@ -137,10 +137,11 @@ def _pair(rows: Sequence[dict[str, Any]], kind: str) -> str:
 def main(
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ...")] = 3,
     runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs/headline"),
+    threads: Annotated[int, typer.Option(help="CPU threads of the cloud; 0 = all.")] = 0,
 ) -> None:
     """Run the study; what is stored already is kept."""
     cases = [
-        Case(f"{variant}-seed{seed}", {**settings, "run.seed": seed})
+        Case(f"{variant}-seed{seed}", {**settings, "run.seed": seed, "train.threads": threads})
         for seed in range(seeds)
         for variant, settings in VARIANTS.items()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -9,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
-from privtune_flwr.launcher import app_folder, federate, local_superlink
+from privtune_flwr.launcher import SuperLink, app_folder, federate, local_superlink
 from privtune_flwr.results.run_folder import write_text
 from privtune_flwr.scenario import Federation
 
@@ -49,6 +51,8 @@ def run_study(
 ) -> list[dict[str, Any]]:
     """Run the cases that have no row yet; store after each one.
 
+    The same command in a second process takes its share of the cases.
+
     Parameters
     ----------
     title : str
@@ -68,41 +72,61 @@ def run_study(
         All rows, old and new.
     """
     target = RESULTS / f"{title}.json"
-    done = json.loads(target.read_text(encoding="utf-8"))["rows"] if target.exists() else []
-    wanted = [c for c in cases if c.name not in {row["name"] for row in done}]
+    RESULTS.mkdir(exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
     command = f"python -m {_module()} {' '.join(sys.argv[1:])}".strip()
+    chosen = list(cases)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console()
     with (
-        Progress(*columns, TimeElapsedColumn(), console=console) as progress,
+        Progress(*columns, TimeElapsedColumn(), console=Console()) as progress,
         local_superlink() as superlink,
         app_folder() as app,
     ):
-        task = progress.add_task(title, total=len(wanted))
-        for case in wanted:
+        task = progress.add_task(title, total=len(chosen))
+        for case in chosen:
             progress.update(task, description=f"{title}: {case.name}")
-            config = _config(case, runs)
-            target_run = Path(config.run.folder) / config.run.name
-            if not (target_run / "results.json").exists():
-                log = runs / f"{case.name}.log"
-                federate(
-                    config,
-                    Federation(num_supernodes=case.devices),
-                    superlink=superlink,
-                    app=app,
-                    on_output=lambda lines, log=log: _to_file(lines, log),  # type: ignore[misc]
-                )
-            results = json.loads((target_run / "results.json").read_text(encoding="utf-8"))
-            done.append({"name": case.name, **_kept(results), **measure(target_run)})
-            RESULTS.mkdir(exist_ok=True)
-            content = {"command": command, **(extra or {}), "rows": done}
-            write_text(target, json.dumps(content, indent=1, sort_keys=True) + "\n")
+            with contextlib.suppress(Timeout), FileLock(runs / f"{case.name}.lock", timeout=0):
+                # a case that another process works on right now is left to it
+                if case.name not in {row["name"] for row in _rows(target)}:
+                    folder = _run(case, runs, superlink, app)
+                    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+                    row = {"name": case.name, **_kept(results), **measure(folder)}
+                    _add_row(target, row, {"command": command, **(extra or {})})
             progress.advance(task)
-    return list(done)
+    return _rows(target)
+
+
+def _run(case: Case, runs: Path, superlink: SuperLink, app: Path) -> Path:
+    config = _config(case, runs)
+    folder = Path(config.run.folder) / config.run.name
+    if (folder / "results.json").exists():
+        return folder
+    log = runs / f"{case.name}.log"
+    return federate(
+        config,
+        Federation(num_supernodes=case.devices),
+        superlink=superlink,
+        app=app,
+        on_output=lambda lines: _to_file(lines, log),
+    )
+
+
+def _rows(target: Path) -> list[dict[str, Any]]:
+    if not target.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(target.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def _add_row(target: Path, row: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Add a row under a lock, so that two processes can share a study's cases."""
+    with FileLock(target.with_suffix(".lock")):
+        rows = sorted([*_rows(target), row], key=lambda r: str(r["name"]))
+        text = json.dumps({**facts, "rows": rows}, indent=1, sort_keys=True) + "\n"
+        write_text(target, text)
 
 
 def _config(case: Case, runs: Path) -> RunConfig:
-    runs.mkdir(parents=True, exist_ok=True)
     name = case.name
     started = (runs / name / "config.json").exists()
     settings: dict[str, Scalar] = {
