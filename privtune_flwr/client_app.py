@@ -40,6 +40,8 @@ from privtune_flwr.protocol import (
 from privtune_flwr.protocol.replies import DEVICE
 from privtune_flwr.protocol.requests import INQUIRY, PAYLOAD
 
+MAX_LOGIT = 20.0
+
 app = ClientApp(mods=[egress_guard, privacy_mod])
 
 
@@ -154,13 +156,17 @@ def evaluate(message: Message, context: Context) -> Message:
             f"policy.min-metric-examples: {len(labels)} examples, "
             f"a metric must cover {home.policy.min_metric_examples}"
         )
-    logits = torch.from_numpy(logits_BC.astype(np.float32))
+    # Outputs chosen with a wide range would spell every label out in one sum (weights 2^i): a
+    # narrow range and a rounded answer leave it the few bits that a metric is.
+    logits = torch.from_numpy(logits_BC.astype(np.float32)).clamp(-MAX_LOGIT, MAX_LOGIT)
     target = torch.tensor(labels)
     metrics = MetricRecord(
         {
             "examples": len(labels),
             "correct": int((logits.argmax(1) == target).sum()),
-            "loss_sum": float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")),
+            "loss_sum": round(
+                float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")), 2
+            ),
         }
     )
     return Message(RecordDict({METRICS: metrics}), reply_to=message)

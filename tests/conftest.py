@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from device_kit import Device
+from tiny_models import one_thread
 
 from privtune_flwr.assets import model_folder
 from privtune_flwr.bundle import BundleCache, Manifest
 from privtune_flwr.models import CutModel, cut_model
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Short computations on a busy machine: waiting for other threads would be all the cost."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

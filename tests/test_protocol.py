@@ -27,6 +27,7 @@ from privtune_flwr.protocol import (
 )
 from privtune_flwr.protocol.replies import DEVICE
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 NUMPY = "numpy.ndarray"
 
 

@@ -29,6 +29,7 @@ from privtune_flwr.training.trainer import (
     schedule_factor,
 )
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 KEY = ("a", "train", 0, 0)
 
 
@@ -40,6 +41,9 @@ def config(**values: Any) -> TrainConfig:
 def stored(make_device: Callable[..., Device], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Rows and examples of one device's release, as the cloud keeps them."""
     device = make_device()
+    # which examples come, and their noise, are a function of the secret
+    (device.root / "secret").touch(0o600)
+    (device.root / "secret").write_bytes(bytes(range(32)))
     request = device.request(chunk_size=48, max_length=24)
     known = {"device_id": device.home.device_id, "examples": 48, "hidden": HIDDEN, "num_labels": 2}
     chunk = read_release(device.ask(request).content, request, **known)

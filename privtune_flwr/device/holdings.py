@@ -89,6 +89,9 @@ def open_holdings(config: RunConfig, node_config: Mapping[str, Any], home: Devic
         )
         part = _own_part(data, home)
     else:
+        if config.data.source.startswith("file:") and not home.simulated:
+            # the run configuration is the cloud's word: it must not choose a file on this disk
+            raise Refusal("data.source: a file on a device is named by its node-config data alone")
         if "partition-id" not in node_config or "num-partitions" not in node_config:
             raise Refusal("node-config: needs data, or partition-id and num-partitions")
         part = _shared_part(

@@ -47,6 +47,8 @@ class DeviceHome:
         The owner's bounds.
     bundles : BundleCache
         Bottom models and public artefacts.
+    simulated : bool
+        Whether this is a simulation's device.
     """
 
     root: Path
@@ -54,6 +56,7 @@ class DeviceHome:
     device_id: str
     policy: DevicePolicy
     bundles: BundleCache
+    simulated: bool
 
     @property
     def ledger(self) -> Ledger:
@@ -113,6 +116,7 @@ def open_home(
         device_id=_read_or_make(root / "device-id", name.encode(), None).decode(),
         policy=load_policy(node_config, simulated=simulated),
         bundles=bundles,
+        simulated=simulated,
     )
 
 

@@ -29,6 +29,7 @@ from privtune_flwr.device import DeviceHome, open_home
 from privtune_flwr.errors import GuardError, InvalidReplyError, PrivTuneError, Refusal
 from privtune_flwr.privacy.base import Mechanism
 from privtune_flwr.privacy.keyed import keyed_generator
+from privtune_flwr.privacy.policy import PolicyError
 from privtune_flwr.privacy.registry import create_mechanism
 from privtune_flwr.protocol import (
     CLEAN,
@@ -223,6 +224,9 @@ def egress_guard(message: Message, context: Context, call_next: ClientAppCallabl
         return _checked(message, context, reply)
     except Refusal as refusal:
         return _error(message, REFUSED, f"refused: {refusal}")
+    except PolicyError as error:
+        logger.error("the policy cannot be used: %s", error)
+        return _error(message, REFUSED, "refused: this device's policy cannot be used")
     except ConfigError as error:
         return _error(message, REFUSED, f"refused: {error}")
     except (GuardError, InvalidReplyError) as error:

@@ -91,6 +91,10 @@ SIMULATION_POLICY = {
 }
 
 
+class PolicyError(ConfigError):
+    """The owner's policy cannot be used. Its text is the owner's and stays on the device."""
+
+
 def load_policy(node_config: Mapping[str, Any], *, simulated: bool) -> DevicePolicy:
     """Read the device's policy.
 
@@ -104,9 +108,16 @@ def load_policy(node_config: Mapping[str, Any], *, simulated: bool) -> DevicePol
 
     Raises
     ------
-    ConfigError
+    PolicyError
         If the policy cannot be read. Callers must then release nothing.
     """
+    try:
+        return _read_policy(node_config, simulated=simulated)
+    except ConfigError as error:
+        raise PolicyError(str(error)) from None
+
+
+def _read_policy(node_config: Mapping[str, Any], *, simulated: bool) -> DevicePolicy:
     values: dict[str, Any] = dict(SIMULATION_POLICY) if simulated else {}
     path = node_config.get("policy")
     if path:
@@ -119,7 +130,7 @@ def load_policy(node_config: Mapping[str, Any], *, simulated: bool) -> DevicePol
             name = key.removeprefix(NODE_CONFIG_PREFIX)
             is_list = name in ("mechanisms", "bottom-models")
             values[name] = [p for p in str(value).split(",") if p] if is_list else value
-    if "*" in values.get("mechanisms", ()):
+    if values.get("mechanisms") == ["*"]:
         values["mechanisms"] = list(mechanism_names())
     policy = validate_section(DevicePolicy, values)
     unknown = [name for name in policy.mechanisms if name not in mechanism_names()]

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from privtune_flwr.errors import RunError
+
 Key = tuple[str, str, int, int]
 
 
@@ -104,8 +106,9 @@ class SmashedStore:
                 whole += len(line)
             os.truncate(index, whole)
         for path in self._files:
-            with path.open("ab"):
-                pass
+            with path.open("ab") as file:
+                if file.tell() < self._rows * self._row_bytes:
+                    raise RunError(f"{path} is shorter than its index says; the store is damaged")
             os.truncate(path, self._rows * self._row_bytes)
 
     def __contains__(self, key: Key) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from federation_kit import SMALL, Run
 
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
 from privtune_flwr.launcher import SuperLink, local_superlink, stage_app
@@ -16,32 +15,6 @@ from privtune_flwr.launcher import federate as launch
 from privtune_flwr.scenario import Federation
 
 HERE = Path(__file__).parent
-
-SMALL: dict[str, Scalar] = {
-    "data.train-examples": 192,
-    "data.eval-examples": 24,
-    "data.test-examples": 64,
-    "privacy.chunk-size": 16,
-    "train.epochs": 2,
-    "train.batch-size": 16,
-    "train.threads": 1,
-}
-
-
-@dataclass
-class Run:
-    """A finished run: its folder, results and log."""
-
-    folder: Path
-    config: RunConfig
-    log: str
-
-    @property
-    def results(self) -> dict[str, Any]:
-        return json.loads((self.folder / "results.json").read_text())
-
-    def lines(self, name: str) -> list[Any]:
-        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

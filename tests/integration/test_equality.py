@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from federation_kit import Run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from privtune_flwr.assets import model_folder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from conftest import Run
+from federation_kit import Run
 
 from privtune_flwr.errors import RunError
 from privtune_flwr.launcher import SuperLink

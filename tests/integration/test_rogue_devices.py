@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import Run
+from federation_kit import Run
 
 from privtune_flwr.errors import RunError
 
