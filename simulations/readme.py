@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,20 @@ def transport() -> str:
             f"| {row['bytes_up_per_example'] / 1e3:.1f} "
             f"| {row['bytes_down_per_example'] / 1e3:.2f} | {row['accuracy']:.4f} |"
         )
-    lines += ["", "Ratios of the same run:", ""]
+    lines += ["", "Ratios and differences of these runs (seed 0):", ""]
     lines += [f"- {name}: {value:.3f}" for name, value in content["ratios"].items()]
+    alone = content["one_process_accuracy"]
+    once = [r["final"]["test_accuracy"] for r in _variant("none")]
+    lines += [
+        "",
+        f"Accuracy over seeds 0 to {len(alone) - 1}: one process {statistics.fmean(alone):.4f}, "
+        f"the federation with `none` (first table) {statistics.fmean(once):.4f}.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _variant(name: str) -> list[dict[str, Any]]:
+    return [r for r in _load("headline.json")["rows"] if r["name"].startswith(f"{name}-seed")]
 
 
 def scale() -> str:

@@ -122,8 +122,9 @@ def _add_row(target: Path, row: dict[str, Any], facts: Mapping[str, Any]) -> Non
     """Add a row under a lock, so that two processes can share a study's cases."""
     with FileLock(target.with_suffix(".lock")):
         rows = sorted([*_rows(target), row], key=lambda r: str(r["name"]))
-        text = json.dumps({**facts, "rows": rows}, indent=1, sort_keys=True) + "\n"
-        write_text(target, text)
+        kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+        content = {**kept, **facts, "rows": rows}
+        write_text(target, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _config(case: Case, runs: Path) -> RunConfig:
