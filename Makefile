@@ -25,7 +25,7 @@ lint: setup
 
 # Two workers, one thread each: two cores, and the deployment test mostly waits for Flower.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Split tuning against a message a step and against one process: simulations/results/transport.json
 bench: setup

@@ -34,6 +34,9 @@ from privtune_flwr.errors import RunError
 from privtune_flwr.scenario import Federation
 
 _START_SECONDS = 60.0
+# how the server app announces its end; Flower's own exit code says nothing of the cause
+CANNOT_START = "the run cannot start: "
+ENDED = "the run ended: "
 _PROFILE = "privtune"
 # what Flower packs into an app: source and scenarios, never the studies' stored results
 _IGNORED = ["__pycache__", "*.pyc", "*.json", "*.png"]
@@ -127,15 +130,26 @@ def federate(
     before = _written(target / "results.json")
     process = superlink.flwr_run(app, flatten(config), federation)
     assert process.stdout is not None
+    reasons: list[str] = []
     try:
-        on_output(process.stdout)
+        on_output(_watched(process.stdout, reasons))
     finally:
         process.terminate()
         process.wait()
     # a resumed run may have results of an earlier end: only new ones count
     if _written(target / "results.json") == before:
-        raise RunError(f"the run left no results in {target}")
+        reason = reasons[-1] if reasons else "its log says why"
+        raise RunError(f"the run left no results in {target}: {reason}")
     return target
+
+
+def _watched(lines: Iterable[str], reasons: list[str]) -> Iterator[str]:
+    """Pass a log on and pick up why the server app ended, if it says so."""
+    for line in lines:
+        for mark in (CANNOT_START, ENDED):
+            if mark in line:
+                reasons.append(line.partition(mark)[2].strip())
+        yield line
 
 
 def _written(path: Path) -> int | None:

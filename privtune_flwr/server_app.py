@@ -16,6 +16,7 @@ from privtune_flwr.config import ConfigError, RunConfig, load_run_config
 from privtune_flwr.data import DataError
 from privtune_flwr.device import simulated_root
 from privtune_flwr.errors import PrivTuneError, RunError
+from privtune_flwr.launcher import CANNOT_START, ENDED
 from privtune_flwr.models import ModelError, export
 from privtune_flwr.results.figure import draw_learning_curve
 from privtune_flwr.results.report import build_results
@@ -42,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
         _check_extras(config)
         folder = open_run_folder(config)
     except (ConfigError, RunError) as error:
-        logger.error("the run cannot start: %s", error)
+        logger.error("%s%s", CANNOT_START, error)
         raise
     try:
         logger.info("run folder: %s", folder.path)
@@ -52,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
         finish(strategy)
     except (PrivTuneError, ConfigError, ModelError, DataError, AssetError) as error:
         folder.write_json("error.json", {"error": str(error)})
-        logger.error("the run ended: %s", error)
+        logger.error("%s%s", ENDED, error)
         raise RunError(str(error)) from None
     finally:
         folder.lock.release()

@@ -32,7 +32,7 @@ from privtune_flwr.launcher import (
 from privtune_flwr.protocol import ReleaseRequest, read_release, to_message
 from privtune_flwr.training.store import SmashedStore
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("deployment")]
+pytestmark = pytest.mark.flower
 
 SETTINGS = {
     **SMALL,

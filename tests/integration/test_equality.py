@@ -18,7 +18,7 @@ from privtune_flwr.models import cut_model, export
 from privtune_flwr.training.plan import make_plan
 from simulations.central import Pass, train_uncut
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower")]
+pytestmark = pytest.mark.flower
 
 DEVICES = 3
 
