@@ -6,6 +6,7 @@ its own Flower home, port and process, so that runs do not meet and nothing stay
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -313,14 +314,10 @@ def end_process_tree(pid: int) -> None:
     except psutil.NoSuchProcess:
         return
     for member in family:
-        try:
+        with contextlib.suppress(psutil.Error):
             member.terminate()
-        except psutil.NoSuchProcess:
-            continue
     _, alive = psutil.wait_procs(family, timeout=5)
     for member in alive:
-        try:
+        with contextlib.suppress(psutil.Error):
             member.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(alive, timeout=5)

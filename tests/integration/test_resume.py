@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -27,8 +28,10 @@ SETTINGS = {
 def kill_simulation(link: SuperLink) -> None:
     """End the process that runs the server app, as a power cut would."""
     for process in psutil.Process(link.pid).children(recursive=True):
-        if any("flwr-simulation" in part for part in process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
+        # helpers of the SuperLink come and go while the list is read
+        with contextlib.suppress(psutil.Error):
+            if any("flwr-simulation" in part for part in process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(
