@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# How the server app announces its end in the log; Flower's exit code says nothing of the cause.
+CANNOT_START = "the run cannot start: "
+ENDED = "the run ended: "
+
 
 class PrivTuneError(Exception):
     """Base of this project's errors. Its message stays on the machine it was raised on."""

@@ -31,13 +31,10 @@ import simulations
 import strategies
 from privtune_flwr.assets import cache_root
 from privtune_flwr.config import RunConfig, Scalar, flatten
-from privtune_flwr.errors import RunError
+from privtune_flwr.errors import CANNOT_START, ENDED, RunError
 from privtune_flwr.scenario import Federation
 
 _START_SECONDS = 60.0
-# how the server app announces its end; Flower's own exit code says nothing of the cause
-CANNOT_START = "the run cannot start: "
-ENDED = "the run ended: "
 _PROFILE = "privtune"
 # what Flower packs into an app: source and scenarios, never the studies' stored results
 _IGNORED = ["__pycache__", "*.pyc", "*.json", "*.png"]

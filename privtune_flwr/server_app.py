@@ -15,8 +15,7 @@ from privtune_flwr.cloud import prepare_cloud
 from privtune_flwr.config import ConfigError, RunConfig, load_run_config
 from privtune_flwr.data import DataError
 from privtune_flwr.device import simulated_root
-from privtune_flwr.errors import PrivTuneError, RunError
-from privtune_flwr.launcher import CANNOT_START, ENDED
+from privtune_flwr.errors import CANNOT_START, ENDED, PrivTuneError, RunError
 from privtune_flwr.models import ModelError, export
 from privtune_flwr.results.figure import draw_learning_curve
 from privtune_flwr.results.report import build_results

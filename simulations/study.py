@@ -90,8 +90,13 @@ def run_study(
                 if case.name not in {row["name"] for row in _rows(target)}:
                     folder = _run(case, runs, superlink, app)
                     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-                    row = {"name": case.name, **_kept(results), **measure(folder)}
-                    _add_row(target, row, {"command": command, **(extra or {})})
+                    row = {
+                        "name": case.name,
+                        "command": command,
+                        **_kept(results),
+                        **measure(folder),
+                    }
+                    _add_row(target, row, extra or {})
             progress.advance(task)
     return _rows(target)
 

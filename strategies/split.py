@@ -69,7 +69,7 @@ class SplitTuning(Strategy):
         self.plan: Plan
         self._exchange: Exchange
         self._intake: Intake
-        self._test: list[Example] = []
+        self.test_examples: list[Example] = []
         self._nodes = 0
 
     # ------------------------------------------------------------------ Flower's five methods
@@ -189,7 +189,7 @@ class SplitTuning(Strategy):
         self._intake = Intake(
             self.cloud, self.store, self.fleet, self.folder.run_id, len(self.model.spec.labels)
         )
-        self._test = self._test_examples()
+        self.test_examples = self._test_examples()
         before = self.progress.seconds
         if self.progress.round < 0:
             self._release_evaluation_examples()
@@ -296,9 +296,9 @@ class SplitTuning(Strategy):
         record["seconds_top"] = time.perf_counter() - start
         # wall time of the round without tests, evaluation and checkpoint
         record["seconds_round"] = time.perf_counter() - begun
-        if self._due(number, self.config.train.test_every) and self._test:
-            logits_BC = self.trainer.logits(self.store.training_rows(), self._test)
-            accuracy, loss = accuracy_and_loss(logits_BC, [e.label for e in self._test])
+        if self._due(number, self.config.train.test_every) and self.test_examples:
+            logits_BC = self.trainer.logits(self.store.training_rows(), self.test_examples)
+            accuracy, loss = accuracy_and_loss(logits_BC, [e.label for e in self.test_examples])
             record |= {"test_accuracy": accuracy, "test_loss": loss}
         if evaluates:
             record |= self._evaluate(number, grid)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import resource
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from privtune_flwr.codec import get_codec
 from privtune_flwr.config import ConfigError, load_run_config
 from privtune_flwr.device import DeviceHome, open_home
 from privtune_flwr.errors import GuardError, InvalidReplyError, PrivTuneError, Refusal
+from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.privacy.base import Mechanism
 from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.policy import PolicyError
@@ -203,12 +203,6 @@ def perturb(
         perturbed.append(mechanism.perturb(hidden_ND[start : start + length], ids_T, rng))
         start += length
     return np.concatenate(perturbed)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 # ----------------------------------------------------------------------------------------- guard

@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from privtune_flwr.config import flatten
-from privtune_flwr.privacy.mods import peak_memory_bytes
+from privtune_flwr.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
     from strategies.split import SplitTuning
@@ -53,7 +53,7 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
         "examples": {
             "train_received": examples,
             "train_described": sum(strategy.fleet.train.values()),
-            "test": len(strategy._test),
+            "test": len(strategy.test_examples),
         },
         "traffic": {
             "devices": progress.traffic,
