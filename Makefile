@@ -13,10 +13,10 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed
 
-# The main job: fetch model and text, run the default federation, print its table.
+# The main job: fetch model and text, run the default federation, print its table, audit it.
 demo: setup
 	$(BIN)/privtune assets fetch
-	$(BIN)/privtune run demo
+	$(BIN)/privtune run demo --audit
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from privtune_flwr.assets import AssetError, fetch_default, list_assets, verify_assets
 from privtune_flwr.assets import asset_folder as fetch_asset
+from privtune_flwr.audit.options import AuditOptions
 from privtune_flwr.config import ConfigError, Scalar
 from privtune_flwr.errors import PrivTuneError, RunError
 from privtune_flwr.launcher import app_folder, federate, local_superlink
@@ -90,6 +91,9 @@ def run(
     name: Annotated[str, typer.Option(help="Name of the run; default: scenario and time.")] = "",
     folder: Annotated[Path, typer.Option(help="Where run folders are made.")] = Path("runs"),
     resume: Annotated[str, typer.Option(help="Go on with this run.")] = "",
+    then_audit: Annotated[
+        bool, typer.Option("--audit", help="End with a quick audit of the run.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, as in TOML; repeatable.")
     ] = None,
@@ -119,6 +123,8 @@ def run(
                 )
             except RunError as error:
                 raise RunError(f"{error}; {_resume_hint(target, scenario)}") from None
+        if then_audit:
+            _audit([target], AuditOptions(preset="quick"))
 
 
 def _resume_hint(target: Path, scenario: str) -> str:
@@ -126,6 +132,39 @@ def _resume_hint(target: Path, scenario: str) -> str:
         place = f"--folder {target.parent} --resume {target.name}"
         return f"go on with: privtune run {scenario} {place}"
     return "nothing was released; its log is above"
+
+
+@main.command()
+def audit(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several give a frontier.")],
+    quick: Annotated[bool, typer.Option(help="Fewer sentences, weaker learned attackers.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Attacks, as 'gaussian@*'; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of sentences.")] = 0,
+    text: Annotated[bool, typer.Option(help="Show a simulation's sentences.")] = True,
+    fresh: Annotated[bool, typer.Option(help="Do finished parts again.")] = False,
+) -> None:
+    """Attack what a run's cloud received, and say how much of the text comes out."""
+    with _clear_errors():
+        options = AuditOptions("quick" if quick else "full", seed, only or (), text, fresh)
+        _audit(runs, options)
+
+
+def _audit(runs: list[Path], options: AuditOptions) -> None:
+    from privtune_flwr.audit.command import audit_runs
+    from privtune_flwr.audit.report.console import print_audit
+
+    try:
+        audits = audit_runs([run.absolute() for run in runs], options, console=console)
+    except KeyboardInterrupt:
+        console.print("what is done is kept: the same command goes on from here")
+        raise typer.Exit(130) from None
+    print_audit(audits)
+    for run in runs:
+        console.print(f"report: {run / 'audit' / 'audit.html'}", highlight=False, soft_wrap=True)
+    if not all(audit["valid"] for audit in audits):
+        raise typer.Exit(1)
 
 
 def _follow(lines: Iterable[str], title: str) -> None:

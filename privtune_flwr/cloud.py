@@ -141,7 +141,7 @@ class CloudSide:
         data = self.config.data
         if data.test_source == "none" or data.test_examples == 0:
             return 0
-        test = self._load_test_set(labels)
+        test = self.load_test_set(labels)
         names = test.features["label"].names
         if not set(names) <= set(labels):
             raise ConfigError(
@@ -168,7 +168,8 @@ class CloudSide:
             store.append((TEST_DEVICE, "test", 0, chunk), rows_ND, lengths.tolist(), wanted)
         return len(ids)
 
-    def _load_test_set(self, labels: Sequence[str]) -> Dataset:
+    def load_test_set(self, labels: Sequence[str]) -> Dataset:
+        """Load the public test set in the order in which :meth:`add_test_set` sends it."""
         data, seed = self.config.data, self.config.run.seed
         held_out = data.test_source == "held-out"
         source = load_source(

@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
-from privtune_flwr.audit.adaptive import Adaptive
+from privtune_flwr.audit.attacks.base import Attack, Released
+from privtune_flwr.audit.attacks.gaussian import Gaussian
+from privtune_flwr.audit.attacks.retrieval import Metric, Retrieval
 from privtune_flwr.audit.floors import constant_floor
+from privtune_flwr.audit.knowledge import Knowledge
 from privtune_flwr.audit.measure import Recovery, recovery
-from privtune_flwr.audit.nearest import NearestNeighbour
 from privtune_flwr.audit.operator import ReleasedText, open_run, released_text
+from privtune_flwr.cloud import CloudSide
 from privtune_flwr.config import Scalar
 from simulations.study import Case, run_study
 
@@ -53,9 +55,9 @@ def attack(folder: Path, sentences: int = SENTENCES) -> dict[str, Any]:
     """
     config, cloud, store = open_run(folder)
     text = released_text(config, cloud, store, sentences=sentences)
-    bank = cloud.public.bank
-    nearest = [_measure(NearestNeighbour(bank, metric=m), text, cloud) for m in ("l2", "cosine")]
-    adaptive = _measure(Adaptive.fit(cloud.mechanism, cloud.public), text, cloud)
+    metrics: tuple[Metric, ...] = ("l2", "cosine")
+    nearest = [_measure(Retrieval("unaware", metric=m), text, cloud) for m in metrics]
+    adaptive = _measure(Gaussian("adaptive"), text, cloud)
     floor_all, floor_content = constant_floor(text.ids, cloud.bottom.tokenizer)
     return {
         "recovered": {
@@ -67,11 +69,11 @@ def attack(folder: Path, sentences: int = SENTENCES) -> dict[str, Any]:
     }
 
 
-def _measure(attacker: Any, text: ReleasedText, cloud: Any) -> Recovery:
-    lengths = [len(rows) for rows in text.rows]
-    guesses = attacker.top(np.concatenate(text.rows), 1)[:, 0]
-    split = np.split(guesses, np.cumsum(lengths)[:-1])
-    return recovery(text.ids, split, cloud.bottom.tokenizer)
+def _measure(attack: Attack, text: ReleasedText, cloud: CloudSide) -> Recovery:
+    released = Released(text.rows)
+    attack.fit(Knowledge(attack.level, cloud.bottom, cloud.public, cloud.mechanism), released)
+    guesses = [guess[:, 0] for guess in attack.guess(released)]
+    return recovery(text.ids, guesses, cloud.bottom.tokenizer)
 
 
 def _figures(found: Recovery) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def run_study(
     cases: Iterable[Case],
     *,
     runs: Path,
-    measure: Callable[[Path], dict[str, Any]],
+    measure: Callable[[Path], dict[str, Any]] | None,
     extra: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Run the cases that have no row yet; store after each one.
@@ -61,8 +61,9 @@ def run_study(
         In the order in which they run.
     runs : Path
         Where run folders go; they are large and not part of the results.
-    measure : callable
-        Run folder to the row's figures, beside those of the run's own ``results.json``.
+    measure : callable or None
+        Run folder to the row's figures, beside those of the run's own ``results.json``. ``None``
+        only runs the federations; a later call with a measure finds them done.
     extra : Mapping, optional
         Facts about the whole study, kept beside the rows.
 
@@ -89,16 +90,16 @@ def run_study(
                 # a case that another process works on right now is left to it
                 if case.name not in {row["name"] for row in _rows(target)}:
                     folder = _run(case, runs, superlink, app)
-                    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-                    row = {
-                        "name": case.name,
-                        "command": command,
-                        **_kept(results),
-                        **measure(folder),
-                    }
-                    _add_row(target, row, extra or {})
+                    if measure is not None:
+                        row = {"name": case.name, "command": command, **_figures(folder, measure)}
+                        _add_row(target, row, extra or {})
             progress.advance(task)
     return _rows(target)
+
+
+def _figures(folder: Path, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return {**_kept(results), **measure(folder)}
 
 
 def _run(case: Case, runs: Path, superlink: SuperLink, app: Path) -> Path:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from audit_kit import Real
+from audit_kit import real as real_model
 
-from privtune_flwr.audit.adaptive import Adaptive
+from privtune_flwr.audit.attacks.base import Attack, Released
+from privtune_flwr.audit.attacks.gaussian import Gaussian
+from privtune_flwr.audit.attacks.retrieval import NearestEntries, Retrieval
 from privtune_flwr.audit.floors import constant_floor, constant_guess
 from privtune_flwr.audit.measure import Recovery, content_mask, recovery
-from privtune_flwr.audit.nearest import NearestNeighbour
-from privtune_flwr.config import PrivacyConfig
 from privtune_flwr.privacy.base import Mechanism
-from privtune_flwr.privacy.keyed import example_identity, keyed_generator
 from privtune_flwr.privacy.privtune.posterior import ShiftPosterior
-from privtune_flwr.privacy.public import PublicKnowledge
-from privtune_flwr.privacy.registry import create_mechanism, mechanism_class
 
 WORDS = ["[CLS]", "[SEP]", "the", "battery", "##ing", "##s", "!", "Ġcamera", "42", "a", "▁lens"]
 
@@ -97,78 +95,50 @@ def test_constant_guess_by_position() -> None:
     assert content > everything
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_nearest_neighbour_is_exact(metric: Any) -> None:
+@pytest.mark.parametrize("metric", ["l2", "cosine", "mahalanobis"])
+def test_nearest_entries_are_exact(metric: Any) -> None:
     rng = np.random.default_rng(1)
-    bank, rows = rng.normal(size=(50, 4)) + 3, rng.normal(size=(20, 4)) + 3
-    if metric == "l2":
-        far = np.linalg.norm(rows[:, None] - bank[None], axis=2)
-    else:
+    bank, rows = rng.normal(size=(50, 4)) + 3, rng.normal(size=(200, 4)) * [5, 1, 1, 0.2] + 3
+    if metric == "cosine":
         cosine = (
             rows @ bank.T / np.linalg.norm(bank, axis=1) / np.linalg.norm(rows, axis=1)[:, None]
         )
         far = -cosine
-    found = NearestNeighbour(bank, metric=metric).top(rows, 5)
+    else:
+        covariance = np.cov(rows, rowvar=False)
+        covariance += 0.01 * np.mean(np.diag(covariance)) * np.eye(4)
+        inverse = np.linalg.inv(covariance) if metric == "mahalanobis" else np.eye(4)
+        gap = rows[:, None] - bank[None]
+        far = np.einsum("nvd,de,nve->nv", gap, inverse, gap)
+    found = NearestEntries(bank, metric=metric, rows_ND=rows).top(rows, 5)
     np.testing.assert_array_equal(found, np.argsort(far, axis=1)[:, :5])
+
+
+def test_retrieval_refuses_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="metric"):
-        NearestNeighbour(bank, metric="l1")  # type: ignore[arg-type]
+        Retrieval("unaware", metric="l1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bank = 'table'"):
+        Retrieval("unaware", bank="table")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="level unaware"):
+        Retrieval("unaware", bank="aware")
+    with pytest.raises(ValueError, match="level adaptive"):
+        Retrieval("adaptive", bank="contextual")
+    with pytest.raises(ValueError, match="released rows"):
+        NearestEntries(np.eye(3), metric="mahalanobis")
 
 
 # ---------------------------------------------------------------- a real model and real text
 
 
-@dataclass
-class Real:
-    """MiniLM cut at 2, public knowledge, and private sentences seen through it."""
-
-    public: PublicKnowledge
-    sequences: list[np.ndarray]
-    clean: list[np.ndarray]
-
-    def release(self, mechanism: Mechanism) -> np.ndarray:
-        secret = bytes(32)
-        return np.concatenate(
-            [
-                mechanism.perturb(
-                    h, s, keyed_generator(secret, mechanism.spec.id, example_identity(s))
-                )
-                for h, s in zip(self.clean, self.sequences, strict=True)
-            ]
-        )
-
-    def judge(self, guesses: np.ndarray) -> Recovery:
-        ends = np.cumsum([len(s) for s in self.sequences])[:-1]
-        return recovery(self.sequences, np.split(guesses[:, 0], ends), self.public.tokenizer)
-
-    def build(self, folder: Path, **changes: Any) -> Mechanism:
-        config = PrivacyConfig().model_copy(update=changes)
-        spec = mechanism_class(config.mechanism).design(config, self.public, folder)
-        return create_mechanism(spec, folder)
+@pytest.fixture(scope="module")
+def real() -> Real:
+    return real_model(cut=2, sentences=150)
 
 
-@pytest.fixture(scope="session")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
-    from privtune_flwr.assets import cache_root, model_folder
-    from privtune_flwr.bundle import Manifest
-    from privtune_flwr.data import load_public_text, load_source, tokenise
-    from privtune_flwr.models import cut_model
-
-    cut = cut_model(model_folder("minilm"), cut=2, num_labels=2, seed=0)
-    bundle = tmp_path_factory.mktemp("bottom")
-    cut.bottom.save(bundle)
-    public = PublicKnowledge(
-        cut.bottom,
-        cut.tokenizer,
-        load_public_text(["amazon-snippets", "nyt-snippets"]),
-        cache_root(),
-        bottom_id=Manifest.of(bundle).id,
-    )
-    texts = load_source("movie-snippets")["text"]
-    chosen = np.random.default_rng(1).permutation(len(texts))[:150]
-    sequences = tokenise(cut.tokenizer, [texts[int(i)] for i in chosen], 128)
-    gathered = Real(public, sequences, cut.bottom.encode(sequences))
-    gc.collect()
-    return gathered
+def attacked(real: Real, attack: Attack, mechanism: Mechanism, released: Released) -> Recovery:
+    attack.fit(real.knowledge(attack.level, mechanism), released)
+    guesses = [guess[:, 0] for guess in attack.guess(released)]
+    return recovery(real.sequences, guesses, real.public.tokenizer)
 
 
 def test_the_unit_is_that_of_the_feasibility_study(real: Real) -> None:
@@ -176,43 +146,59 @@ def test_the_unit_is_that_of_the_feasibility_study(real: Real) -> None:
 
 
 def test_weak_noise_hides_nothing(real: Real, tmp_path: Path) -> None:
-    released = real.release(real.build(tmp_path, mechanism="dchi", noise=0.01))
-    bank = real.public.bank
-    for metric in ("l2", "cosine"):
-        found = real.judge(NearestNeighbour(bank, metric=metric).top(released))  # type: ignore[arg-type]
-        assert found.all > 0.97
-        assert found.content > 0.97
+    mechanism = real.build(tmp_path, mechanism="dchi", noise=0.01)
+    released = real.release(mechanism)
+    for attack in (
+        Retrieval("unaware", bank="embedding", metric="cosine"),
+        Retrieval("unaware", metric="l2"),
+        Gaussian("unaware"),
+    ):
+        found = attacked(real, attack, mechanism, released)
+        assert found.all > 0.97, attack.key
+        assert found.content > 0.97, attack.key
 
 
 @dataclass
-class Released:
+class PrivTuned:
     """Private sentences released through PrivTune with its defaults."""
 
-    rows: np.ndarray
-    posterior: ShiftPosterior
+    mechanism: Mechanism
+    released: Released
 
 
-@pytest.fixture(scope="session")
-def released(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Released:
+@pytest.fixture(scope="module")
+def privtuned(real: Real, tmp_path_factory: pytest.TempPathFactory) -> PrivTuned:
     mechanism = real.build(tmp_path_factory.mktemp("artefact"))
-    return Released(real.release(mechanism), ShiftPosterior.fit(mechanism, real.public))
+    return PrivTuned(mechanism, real.release(mechanism))
 
 
 def test_privtune_hides_from_the_unaware_and_not_from_the_adaptive(
-    real: Real, released: Released
+    real: Real, privtuned: PrivTuned
 ) -> None:
-    unaware = real.judge(NearestNeighbour(real.public.bank).top(released.rows))
-    assert unaware.all < 0.10
-    assert unaware.content < 0.10
-    adaptive = real.judge(Adaptive(released.posterior).top(released.rows))
-    assert adaptive.all > 0.80
-    assert adaptive.content > 0.80
+    unaware = [
+        Retrieval("unaware", bank=bank, metric=metric)  # type: ignore[arg-type]
+        for bank, metric in (
+            ("embedding", "cosine"),
+            ("contextual", "l2"),
+            ("contextual", "mahalanobis"),
+        )
+    ]
+    for attack in [*unaware, Gaussian("unaware")]:
+        found = attacked(real, attack, privtuned.mechanism, privtuned.released)
+        assert found.all < 0.10, attack.key
+        assert found.content < 0.12, attack.key
+    aware = [Retrieval("adaptive", bank="aware", metric=m) for m in ("l2", "mahalanobis")]  # type: ignore[arg-type]
+    for attack in [*aware, Gaussian("adaptive"), Gaussian("in-domain")]:
+        found = attacked(real, attack, privtuned.mechanism, privtuned.released)
+        assert found.all > 0.90, attack.key
+        assert found.content > 0.90, attack.key
 
 
-def test_unshifted_rows_are_nearer_to_the_clean_ones(real: Real, released: Released) -> None:
+def test_unshifted_rows_are_nearer_to_the_clean_ones(real: Real, privtuned: PrivTuned) -> None:
+    posterior = ShiftPosterior.fit(privtuned.mechanism, real.public)
     clean = np.concatenate(real.clean)
-    unshifted = released.posterior.unshift(released.rows)
-    before = np.linalg.norm(released.rows - clean, axis=1).mean()
+    unshifted = posterior.unshift(privtuned.released.stacked)
+    before = np.linalg.norm(privtuned.released.stacked - clean, axis=1).mean()
     after = np.linalg.norm(unshifted - clean, axis=1).mean()
     assert after < 0.3 * before
     # What is left is the random part, at most `noise` units.
@@ -224,5 +210,36 @@ def test_strong_noise_brings_everyone_near_the_floor(real: Real, tmp_path: Path)
     released = real.release(mechanism)
     floor, _ = constant_floor(real.sequences, real.public.tokenizer)
     assert 0.03 < floor < 0.10
-    assert real.judge(NearestNeighbour(real.public.bank).top(released)).all < floor
-    assert real.judge(Adaptive.fit(mechanism, real.public).top(released)).all < 2 * floor
+    for attack in (
+        Retrieval("unaware", bank="embedding"),
+        Retrieval("unaware"),
+        Retrieval("adaptive", bank="aware", metric="mahalanobis"),
+    ):
+        assert attacked(real, attack, mechanism, released).all < floor, attack.key
+    for level in ("adaptive", "in-domain"):
+        found = attacked(real, Gaussian(level), mechanism, released)  # type: ignore[arg-type]
+        assert found.all < 2 * floor
+
+
+def test_levels_know_what_they_are_said_to_know(real: Real, privtuned: PrivTuned) -> None:
+    unaware = real.knowledge("unaware", privtuned.mechanism)
+    adaptive = real.knowledge("adaptive", privtuned.mechanism)
+    own = real.knowledge("in-domain", privtuned.mechanism)
+    assert unaware.shift is None
+    clean, pair = unaware.clean(2000)[0], unaware.pairs(2000)[0]
+    np.testing.assert_array_equal(clean.rows, pair.rows)
+    assert adaptive.shift is not None
+    moved = adaptive.pairs(2000)[0]
+    np.testing.assert_array_equal(moved.ids, pair.ids)
+    assert np.linalg.norm(moved.rows - pair.rows, axis=1).mean() > 0.3 * real.public.unit
+    np.testing.assert_allclose(adaptive.means - adaptive.clean_means, adaptive.shift, atol=1e-3)
+    # In-domain text comes first and moves counts, prior and means of the words it has.
+    np.testing.assert_array_equal(own.clean(500)[0].ids, real.in_domain[0])
+    assert own.counts.sum() == adaptive.counts.sum() + sum(len(s) for s in real.in_domain)
+    assert own.prior.sum() == pytest.approx(1)
+    unseen = own.counts == 0
+    np.testing.assert_array_equal(own.clean_means[unseen], adaptive.clean_means[unseen])
+    first = int(real.in_domain[0][1])
+    assert not np.array_equal(own.clean_means[first], adaptive.clean_means[first])
+    with pytest.raises(ValueError, match="no in-domain text"):
+        type(own)("adaptive", real.bottom, real.public, privtuned.mechanism, real.in_domain)

@@ -131,6 +131,37 @@ class Guarantee:
     statement: str
 
 
+@dataclass(frozen=True)
+class Channel:
+    """A mechanism that releases, for each token on its own, one of finitely many rows.
+
+    Attributes
+    ----------
+    codebook_cd : float array, shape (C, d)
+        The rows that may be released, all different.
+    table_vc : float array, shape (V, C)
+        P(row c is released | token v); each token's sum to one.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit or a token's probabilities are no distribution.
+    """
+
+    codebook_cd: NDArray[np.floating[Any]]
+    table_vc: NDArray[np.floating[Any]]
+
+    def __post_init__(self) -> None:
+        if self.codebook_cd.ndim != 2 or self.table_vc.shape[1:] != self.codebook_cd.shape[:1]:
+            raise ValueError(
+                "a channel needs a codebook (C, d) and a table (V, C), "
+                f"got {self.codebook_cd.shape} and {self.table_vc.shape}"
+            )
+        table = self.table_vc
+        if not ((table >= 0).all() and np.allclose(table.sum(axis=1), 1.0, atol=1e-6)):
+            raise ValueError("a channel's probabilities must be a distribution for each token")
+
+
 class Mechanism(ABC):
     """One way to perturb the representations of a sentence before they leave the device."""
 
@@ -206,6 +237,14 @@ class Mechanism(ABC):
         """Known mean of the noise for each token, (V, d), or ``None`` where it is zero.
 
         Public by Kerckhoffs: the cloud's decoder and the defence-aware attacker both use it.
+        """
+        return None
+
+    def channel(self) -> Channel | None:
+        """Give the law of a mechanism that releases one of finitely many rows for each token.
+
+        For mechanisms whose row depends on the token (and chance) alone, independently of the
+        other tokens; public by Kerckhoffs. ``None`` for all others.
         """
         return None
 

@@ -73,7 +73,7 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
             "device_peak_bytes": max((r.get("peak_memory_bytes", 0) for r in rounds), default=0),
         },
         "privacy": _privacy(strategy),
-        "versions": _versions(),
+        "versions": versions(),
         "config": flatten(cloud.config),
     }
 
@@ -102,12 +102,13 @@ def _privacy(strategy: SplitTuning) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """List the versions of what a result depends on."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             # the app may run from Flower's copy without being installed
-            versions[package] = "not installed"
-    return versions
+            found[package] = "not installed"
+    return found

@@ -120,6 +120,15 @@ class ShiftPosterior:
         prior_V = public.counts + _PSEUDO_COUNT
         return cls(mean_VD, fitted["covariance"], prior_V, shift_VD, device=device)
 
+    @property
+    def whitened_means(self) -> torch.Tensor:
+        """Class means as :meth:`whitened` shows them, (V, d)."""
+        return self._means_DV.T
+
+    def whitened(self, rows_ND: NDArray[Any]) -> torch.Tensor:
+        """Centre rows and give them unit covariance about their class means, (N, d)."""
+        return (self._tensor(rows_ND) - self._centre_D) @ self._whiten_DD
+
     def unshift(self, rows_ND: NDArray[Any]) -> NDArray[np.float32]:
         """Take the expected shift off: y - sum_v p(v | y) p*_v.
 
@@ -174,9 +183,9 @@ class ShiftPosterior:
             raise ValueError(f"rows must be (N, {len(self._centre_D)}), got {rows_ND.shape}")
         at_once = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // len(self._bias_V)))
         for start in range(0, len(rows_ND), at_once):
-            y_BD = self._tensor(rows_ND[start : start + at_once])
-            white_BD = (y_BD - self._centre_D) @ self._whiten_DD
-            yield y_BD, torch.addmm(self._bias_V, white_BD, self._means_DV)
+            block_BD = rows_ND[start : start + at_once]
+            y_BD = self._tensor(block_BD)
+            yield y_BD, torch.addmm(self._bias_V, self.whitened(block_BD), self._means_DV)
 
     def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
         # A copy: tables are memory-mapped read-only, which torch does not know.

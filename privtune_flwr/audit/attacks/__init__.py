@@ -1,0 +1,1 @@
+"""Attacks on tokens, one file each."""

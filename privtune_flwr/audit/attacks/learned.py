@@ -1,0 +1,202 @@
+"""Learned inversion: a network from released rows to tokens, trained on the attacker's own text.
+
+A weak learned attacker reads as privacy, so this one starts from the Gaussian solution and can only
+leave it for something better on text it was not trained on; the formula is in
+:mod:`privtune_flwr.audit.attacks.inverter`. Trained by cross entropy over the commonest tokens, the
+batch's own tokens and a uniform sample of the others, weighted so that the normaliser is estimated
+without bias.
+
+Shapes: ``T`` tokens of one sentence, ``N`` rows, ``d`` width of a row, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from privtune_flwr.audit.attacks.base import (
+    Family,
+    Level,
+    PosteriorAttack,
+    Released,
+    Tell,
+    silent,
+)
+from privtune_flwr.audit.attacks.inverter import Batch, Inverter, Network, Truth
+from privtune_flwr.models.bottom import length_sorted_batches
+
+if TYPE_CHECKING:
+    from privtune_flwr.audit.knowledge import Knowledge, Pair
+
+NETWORKS: tuple[Network, ...] = get_args(Network)
+
+_BATCH_TOKENS = 1024
+_GUESS_TOKENS = 2048
+_RATE = 5e-4
+_WARM_UP = 20
+_HELD_OUT, _HELD_OUT_TOKENS = 0.1, 1200
+_CHECKS = 6  # validations over all steps
+_PATIENCE = 3
+
+
+class Learned(PosteriorAttack):
+    """A residual network on top of the Gaussian attacker.
+
+    Below the level ``adaptive`` it is trained on clean pairs, as the paper's attacker is; from
+    there on on pairs passed through the mechanism, drawn afresh each time they are used.
+
+    Parameters
+    ----------
+    level : Level
+        How much the attacker knows.
+    network : {"mlp", "sequence"}
+        Sees one row, or its whole sentence.
+    steps : int
+        Optimiser steps at most, of about 1,024 tokens each; fewer once the loss on held-out text
+        of the attacker's own has stopped falling.
+    tokens : int
+        Tokens of the attacker's own text to train on at most.
+    seed : int
+        Of initial weights, batches and sampled candidates.
+
+    Raises
+    ------
+    ValueError
+        If there is no such network or a count is not positive.
+    """
+
+    family: ClassVar[Family] = "learned"
+
+    def __init__(
+        self, level: Level, *, network: Network, steps: int, tokens: int, seed: int = 0
+    ) -> None:
+        super().__init__(level)
+        if network not in NETWORKS:
+            raise ValueError(f"network = {network!r}: allowed: {', '.join(NETWORKS)}")
+        if steps < 1 or tokens < 1:
+            raise ValueError(f"steps = {steps}, tokens = {tokens}: both must be positive")
+        self._network: Network = network
+        self._steps, self._tokens, self._seed = steps, tokens, seed
+        self._checked: list[tuple[int, float]] = []
+
+    @property
+    def name(self) -> str:
+        """``learned-mlp`` or ``learned-sequence``."""
+        return f"learned-{self._network}"
+
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """Steps, tokens and seed."""
+        return {"steps": self._steps, "tokens": self._tokens, "seed": self._seed}
+
+    @property
+    def curve(self) -> dict[str, Any] | None:
+        """Loss on held-out text of the attacker's own; step 0 is the Gaussian."""
+        steps, losses = zip(*self._checked, strict=True) if self._checked else ((), ())
+        return {
+            "x": list(steps),
+            "y": list(losses),
+            "xlabel": "step",
+            "ylabel": "held-out loss (nats a token)",
+        }
+
+    def fit(self, knowledge: Knowledge, released: Released, tell: Tell = silent) -> None:
+        """Train on the attacker's own text; the released rows are not looked at."""
+        self._log_prior_V = np.log(knowledge.prior)
+        pairs = knowledge.clean(self._tokens)
+        held_out, training = _divided(pairs)
+        validation = [p._replace(rows=knowledge.perturb(p, 0, i)) for i, p in enumerate(held_out)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self._model = Inverter(knowledge, self._network)
+            self._model.eval()
+            self._train(knowledge, training, (held_out, validation), tell)
+        self._model.calibrate(held_out, validation)
+        tell(1.0)
+
+    def guess(self, released: Released, k: int = 1, tell: Tell = silent) -> list[NDArray[np.int64]]:
+        """List the likeliest tokens, many sentences at once."""
+        guesses = [np.empty((0, k), np.int64) for _ in released.rows]
+        done = 0
+        for batch in length_sorted_batches(released.lengths, _GUESS_TOKENS):
+            scores_NV = self._model.scores([released.rows[i] for i in batch])
+            best_Nk = scores_NV.topk(k, dim=1).indices.numpy()
+            ends = np.cumsum([released.lengths[i] for i in batch])
+            for i, best in zip(batch, np.split(best_Nk, ends[:-1]), strict=True):
+                guesses[i] = best.copy()
+            done += len(batch)
+            tell(done / len(guesses))
+        return guesses
+
+    def log_posterior(self, rows_TD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Give log p(v | the sentence's rows), (T, V).
+
+        What ``sequence`` has learned of context is in it, beside :meth:`log_prior`.
+        """
+        posterior_TV = torch.log_softmax(self._model.scores([rows_TD]), dim=1).numpy()
+        return np.asarray(posterior_TV, dtype=np.float32)
+
+    def _train(
+        self,
+        knowledge: Knowledge,
+        training: list[Pair],
+        validation: tuple[list[Pair], list[Pair]],
+        tell: Tell,
+    ) -> None:
+        model = self._model
+        optimiser = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda s: min((s + 1) / _WARM_UP, max(0.02, 1 - s / self._steps))
+        )
+        best = copy.deepcopy(model.state_dict())
+        lowest = model.loss(*validation)
+        self._checked = [(0, lowest)]
+        waited = 0
+        every = max(1, self._steps // _CHECKS)
+        for step, batch in zip(
+            range(1, self._steps + 1), self._batches(knowledge, training), strict=False
+        ):
+            model.train()
+            optimiser.zero_grad()
+            model.sampled_loss(*batch).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            model.eval()
+            tell(0.95 * step / self._steps)
+            if step % every and step != self._steps:
+                continue
+            self._checked.append((step, model.loss(*validation)))
+            if self._checked[-1][1] < lowest:
+                lowest, waited, best = self._checked[-1][1], 0, copy.deepcopy(model.state_dict())
+            else:
+                waited += 1
+                if waited == _PATIENCE:
+                    break
+        model.load_state_dict(best)
+
+    def _batches(self, knowledge: Knowledge, pairs: list[Pair]) -> Iterator[tuple[Batch, Truth]]:
+        """Give batches without end, composed and perturbed afresh each time round."""
+        rng = np.random.default_rng(self._seed)
+        for epoch in itertools.count(1):
+            order = rng.permutation(len(pairs))
+            batches = length_sorted_batches([len(pairs[i].ids) for i in order], _BATCH_TOKENS)
+            for place in rng.permutation(len(batches)):
+                chosen = [int(order[i]) for i in batches[place]]
+                rows = [knowledge.perturb(pairs[i], epoch, i) for i in chosen]
+                yield self._model.padded(rows), self._model.truth([pairs[i] for i in chosen])
+
+
+def _divided(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Hold the first sentences out: in-domain ones where there are any, drawn at random else."""
+    ends = np.cumsum([len(p.ids) for p in pairs])
+    wanted = min(_HELD_OUT * ends[-1], _HELD_OUT_TOKENS)
+    count = max(1, int(np.searchsorted(ends, wanted)))
+    return pairs[:count], pairs[count:] or pairs

@@ -1,0 +1,1 @@
+"""An audit as a page for people and as a table on the console."""
