@@ -40,7 +40,7 @@ def train_uncut(
 
     Parameters
     ----------
-    model : PreTrainedModel
+    model : PreTrainedModel or MeanPooledClassifier
         What does not require a gradient stays frozen.
     tokenizer : PreTrainedTokenizerBase
     passes : sequence of Pass
@@ -97,9 +97,9 @@ def accuracy(
 
 def _logits(model: Any, tokenizer: Any, ids: Sequence[np.ndarray[Any, Any]]) -> torch.Tensor:
     padded = tokenizer.pad({"input_ids": [i.tolist() for i in ids]}, return_tensors="pt")
-    logits: torch.Tensor = model(
-        input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]
-    ).logits
+    output = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"])
+    # a mean-pooled classifier answers with the logits themselves
+    logits: torch.Tensor = getattr(output, "logits", output)
     return logits
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from simulations.audit_tables import attribute_table, family_table, recovery_table
 from simulations.headline import table
 from simulations.study import RESULTS
 
@@ -72,10 +73,29 @@ def scale() -> str:
     return "\n".join(lines) + "\n"
 
 
+def audited() -> str:
+    """Give what attackers read from each release."""
+    references = _load("references.json")["rows"]
+    return recovery_table(_load("audited.json")["rows"], _load("headline.json")["rows"], references)
+
+
+def families() -> str:
+    """Hold the best of each family of attacks at each level against each other."""
+    return family_table(_load("audited.json")["rows"])
+
+
+def attributes() -> str:
+    """Give how often the author of a tweet is inferred from rows."""
+    return attribute_table(_load("audited.json")["rows"])
+
+
 _TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "transport": transport,
     "scale": scale,
+    "audited": audited,
+    "families": families,
+    "attributes": attributes,
 }
 
 

@@ -7,7 +7,8 @@
 - *devices' text in one place*: the same two blocks tuned on the text of all devices: more than a
   device can reach without others, and what a cloud that adds nothing would be held against.
 
-Clean input, the recipe of the federations. Figures go to ``simulations/results/references.json``.
+Clean input, the recipe of the federations, mean pooling. Figures go to
+``simulations/results/references.json``.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from filelock import FileLock
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from privtune_flwr.config import RunConfig, flatten, load_run_config
 from privtune_flwr.data import load_public_labelled, load_source, split_source
 from privtune_flwr.models import resolve_model
+from privtune_flwr.models.heads import MeanPooledClassifier
 from privtune_flwr.results.run_folder import write_text
 from simulations.audited import SOURCES
 from simulations.central import Pass, accuracy, train_uncut
 from simulations.study import RESULTS
 
 _DEVICES = 10
-_ALONE_EPOCHS = 10  # a tenth of the text: three passes would be too few steps to learn anything
+_ALONE_EPOCHS = 20  # a tenth of the text: three passes would be too few steps to learn anything
 
 
 def public_only(config: RunConfig) -> dict[str, Any]:
@@ -70,18 +72,19 @@ def _tuned(
     config: RunConfig, texts: list[str], labels: list[int], epochs: int, blocks: int | None
 ) -> dict[str, Any]:
     """Tune MiniLM, or its first blocks, and test on the federations' test set."""
-    torch.manual_seed(config.run.seed)
     source = _source(config)
     folder = resolve_model(config.model.name)
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
-    model = AutoModelForSequenceClassification.from_pretrained(
+    base = AutoModel.from_pretrained(
         folder,
-        num_labels=len(source.features["label"].names),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation="eager",
         **depth,
     )
+    classes = len(source.features["label"].names)
+    # the mean of rows: the native head reads one row that the first blocks alone do not fill
+    model = MeanPooledClassifier(base, classes, config.run.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     passes = [Pass(number, texts, labels) for number in range(epochs)]
     train_uncut(model, tokenizer, passes, config, head="classifier")

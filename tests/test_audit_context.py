@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,61 +20,14 @@ from privtune_flwr.audit.attacks.exact import Exact, expected_map_accuracy
 from privtune_flwr.audit.attacks.gaussian import Gaussian
 from privtune_flwr.audit.floors import constant_floor
 from privtune_flwr.audit.measure import recovery, special_mask
-from privtune_flwr.config import PrivacyConfig
-from privtune_flwr.privacy.base import Channel, Guarantee, Mechanism, MechanismSpec
-from privtune_flwr.privacy.public import PublicKnowledge
-
-CELLS, FLIP = 64, 0.2
+from privtune_flwr.privacy.base import Channel, Mechanism
+from simulations.cells import Cells
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-class Cells(Mechanism):
-    """Each token's cell of the vocabulary, exchanged for a random one with probability FLIP.
-
-    Tokens of similar public frequency share a cell, which hides the common ones from each other.
-    """
-
-    name: ClassVar[str] = "toy-cells"
-
-    def __init__(self, public: PublicKnowledge) -> None:
-        super().__init__(MechanismSpec(self.name, {"cells": CELLS, "flip": FLIP}))
-        vocabulary = public.vocab_size
-        self.cell_v = np.empty(vocabulary, dtype=np.int64)
-        self.cell_v[np.argsort(-public.counts, kind="stable")] = np.minimum(
-            np.arange(vocabulary) // 32, CELLS - 1
-        )
-        rng = np.random.default_rng(3)
-        self.codebook_cd = rng.normal(size=(CELLS, public.hidden_size))
-
-    @classmethod
-    def design(cls, config: PrivacyConfig, public: PublicKnowledge, folder: Path) -> MechanismSpec:
-        raise NotImplementedError
-
-    @classmethod
-    def load(cls, spec: MechanismSpec, artefact: Path | None) -> Self:
-        raise NotImplementedError
-
-    eta_max = None
-
-    def guarantee(self) -> Guarantee:
-        raise NotImplementedError
-
-    def channel(self) -> Channel:
-        table_vc = np.full((len(self.cell_v), CELLS), FLIP / CELLS)
-        table_vc[np.arange(len(self.cell_v)), self.cell_v] += 1 - FLIP
-        return Channel(self.codebook_cd, table_vc)
-
-    def _perturb(
-        self, hidden_td: NDArray[np.float64], ids_t: NDArray[np.int64], rng: np.random.Generator
-    ) -> NDArray[np.float64]:
-        random_t = rng.integers(CELLS, size=len(ids_t))
-        flipped_t = rng.random(len(ids_t)) < FLIP
-        return self.codebook_cd[np.where(flipped_t, random_t, self.cell_v[ids_t])]
 
 
 class Blank(PosteriorAttack):

@@ -87,6 +87,10 @@ class Auditor:
             seed=seed,
         )
         self.released = self.evidence.released
+        if not any(mask.any() for mask in self.truth.masks["text"]):
+            raise AuditError(
+                f"{folder}: its sentences are special tokens alone, nothing to recover"
+            )
         run_id = json.loads((folder / "config.json").read_text(encoding="utf-8"))["run_id"]
         common = {
             "run": run_id,

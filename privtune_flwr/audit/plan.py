@@ -82,7 +82,7 @@ FULL = Preset(
         for level in ("unaware", "adaptive", "in-domain")
         for network in ("mlp", "sequence")
     ),
-    steps=250,
+    steps=150,
     tokens=200_000,
     repeats=300,
     attribute_sentences=2000,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ from federation_kit import SMALL, Run
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from privtune_flwr.audit.auditor import Auditor
+from privtune_flwr.audit.evidence import gather
+from privtune_flwr.audit.operator import AuditError
+from privtune_flwr.audit.plan import QUICK
+from privtune_flwr.audit.summary import summarise
 from privtune_flwr.bundle import BundleCache
 from privtune_flwr.client_app import app
-from privtune_flwr.config import RunConfig, flatten, load_run_config
+from privtune_flwr.config import PUBLIC_CORPORA, RunConfig, flatten, load_run_config
 from privtune_flwr.data import load_source
 from privtune_flwr.launcher import (
     SuperLink,
@@ -178,3 +184,29 @@ def test_another_process_gives_the_same_bytes(deployed: tuple[Run, dict[str, Pat
     kept = store.received()[examples[0].offset : examples[-1].offset + examples[-1].length]
     assert chunk.metrics["new_releases"] == 0
     np.testing.assert_array_equal(chunk.rows_ND.astype(np.float16), kept)
+
+
+def test_an_audit_of_real_devices_attacks_a_stand_in(
+    deployed: tuple[Run, dict[str, Path]],
+) -> None:
+    run, _ = deployed
+    few = replace(QUICK, sentences=24, in_domain=200, repeats=8, attribute_sentences=200)
+    auditor = Auditor(run.folder, few, only=["gaussian@adaptive", "retrieval-contextual-l2@*"])
+    assert auditor.evidence.kind == "stand-in"
+    audit = summarise(auditor, auditor.run(lambda name, share: None), show_text=True)
+    assert audit["sentences"] == []
+    assert "stand-in" in audit["evidence"]["said"]
+    assert audit["evidence"]["sentences"] == 24
+    best = max(a["measures"]["top1"]["value"] for a in audit["attacks"])
+    assert best > audit["floors"]["constant"]["top1"]["value"] + 0.2
+
+    # Without a test set a public corpus stands in that the mechanism was not designed on.
+    data = run.config.data.model_copy(update={"test_source": "none"})
+    config = run.config.model_copy(update={"data": data})
+    evidence = gather(run.folder, config, auditor.cloud, auditor.store, sentences=5, in_domain=10)
+    assert (evidence.kind, evidence.in_domain.ids) == ("stand-in", [])
+    assert "tweets" in evidence.said
+    everything = data.model_copy(update={"public_text": ",".join(PUBLIC_CORPORA)})
+    config = run.config.model_copy(update={"data": everything})
+    with pytest.raises(AuditError, match=r"data\.public-text"):
+        gather(run.folder, config, auditor.cloud, auditor.store, sentences=5, in_domain=10)

@@ -10,6 +10,10 @@ import pytest
 from federation_kit import Run
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from privtune_flwr.audit.auditor import Auditor
+from privtune_flwr.audit.operator import AuditError
+from privtune_flwr.audit.plan import QUICK
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny_models import save_tiny
 
@@ -67,3 +71,9 @@ def test_the_merged_decoder_loads(run: Run) -> None:
     assert not [n for n, _ in model.named_parameters() if "lora" in n]
     assert sorted(model.config.id2label.values()) == ["Clinton", "Trump"]
     assert AutoTokenizer.from_pretrained(run.folder / "model")
+
+
+def test_text_without_a_word_of_the_vocabulary_is_not_audited(run: Run) -> None:
+    # the tiny tokenizer knows none of these tweets' words
+    with pytest.raises(AuditError, match="nothing to recover"):
+        Auditor(run.folder, QUICK)

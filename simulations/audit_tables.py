@@ -1,0 +1,162 @@
+"""Lays ``audited.json`` out for the README, beside the lines a private run is held against."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from privtune_flwr.audit.attacks.base import LEVELS
+from simulations.audited import SOURCES, VARIANTS
+
+Row = dict[str, Any]
+_MEASURES = ("top1", "content_top1")
+_FAMILIES = ("retrieval", "gaussian", "learned", "optimisation", "context")
+
+
+def recovery_table(rows: Sequence[Row], headline: Sequence[Row], references: dict[str, Row]) -> str:
+    """Show what is recovered from each release, beside accuracy and the reference lines.
+
+    Parameters
+    ----------
+    rows, headline : sequence of dict
+        Of ``audited.json`` and ``headline.json``, which has the accuracy on movie-snippets.
+    references : dict
+        Rows of ``references.json`` by name.
+    """
+    lines = [
+        "| text | release | seeds | accuracy | unaware | adaptive | in-domain "
+        "| floor: constant guess | floor: public prior |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for source in ("movie-snippets", "bbc-news"):
+        for variant in VARIANTS:
+            own = _audited(rows, source, variant)
+            if not own:
+                continue
+            known = [r for r in headline if r["name"].startswith(f"{variant}-seed")]
+            trained = (
+                known if source == "movie-snippets" and known else _named(rows, source, variant)
+            )
+            accuracy = [r["final"]["test_accuracy"] for r in trained]
+            cells = [
+                source,
+                variant,
+                str(len(own)),
+                _spread(accuracy),
+                *(_best(own, level) for level in LEVELS),
+                *(_floor(own, floor) for floor in ("constant", "public-prior")),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        for name in ("public-only", "device-alone", "devices-text-in-one-place"):
+            found = [
+                r["accuracy"] for key, r in references.items() if key.startswith(f"{source}-{name}")
+            ]
+            if found:
+                said = f"| {source} | *{name.replace('-', ' ')}* | {len(found)} | {_spread(found)} "
+                lines.append(said + "| | | | | |")
+    return "\n".join(lines) + "\n"
+
+
+def family_table(rows: Sequence[Row]) -> str:
+    """Hold each family's best at the levels against each other, first seed, all tokens in %."""
+    columns = [(family, level) for family in _FAMILIES for level in LEVELS]
+    present = [c for c in columns if any(_family(r, *c) is not None for r in _first(rows))]
+    lines = [
+        "| text | release | " + " | ".join(f"{f}, {level}" for f, level in present) + " |",
+        "|---" * (len(present) + 2) + "|",
+    ]
+    for row in _first(rows):
+        source, variant = _parts(row)
+        cells = [_percent(_family(row, *column)) for column in present]
+        lines.append(f"| {source} | {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def attribute_table(rows: Sequence[Row]) -> str:
+    """Show how often tweets' author is inferred: the best of the attackers of each seed."""
+    lines = [
+        "| release | seeds | author found, % (min-max) | best attacker's control | majority |",
+        "|---|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        own = _named(rows, "election-tweets", variant)
+        if not own:
+            continue
+        best = [
+            max(r["audit"]["attributes"], key=lambda a: float(a["accuracy"]["value"])) for r in own
+        ]
+        found = [a["accuracy"]["value"] for a in best]
+        lines.append(
+            f"| {variant} | {len(own)} | {100 * statistics.fmean(found):.1f} "
+            f"({100 * min(found):.1f}-{100 * max(found):.1f}) "
+            f"| {100 * statistics.fmean(a['shuffled'] for a in best):.1f} "
+            f"| {100 * statistics.fmean(a['majority'] for a in best):.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _named(rows: Iterable[Row], source: str, variant: str) -> list[Row]:
+    return [r for r in rows if r["name"].rsplit("-seed", 1)[0] == f"{source}-{variant}"]
+
+
+def _audited(rows: Sequence[Row], source: str, variant: str) -> list[Row]:
+    """Give a variant's audits; the decoder changes no release, so its twin's stand for it."""
+    own = _named(rows, source, variant)
+    twin = _named(rows, source, "privtune-plain") if variant == "privtune-decoder" else []
+    return max(own, twin, key=len)
+
+
+def _best(rows: Sequence[Row], level: str) -> str:
+    """Average over seeds the best attack of a level, among those that ran at every seed."""
+    common = set.intersection(*(set(r["audit"]["attacks"]) for r in rows))
+    order: list[str] = list(LEVELS)
+    able = [k for k in common if order.index(k.partition("@")[2]) <= order.index(level)]
+    return _pair(
+        lambda name: [max(_value(r["audit"]["attacks"][k], name) for k in able) for r in rows]
+    )
+
+
+def _floor(rows: Sequence[Row], floor: str) -> str:
+    return _pair(lambda name: [_value(r["audit"]["floors"][floor], name) for r in rows])
+
+
+def _pair(values: Callable[[str], list[float]]) -> str:
+    return "/".join(f"{100 * statistics.fmean(values(name)):.1f}" for name in _MEASURES)
+
+
+def _family(row: Row, family: str, level: str) -> float | None:
+    found = [
+        _value(measures, "top1")
+        for key, measures in row["audit"]["attacks"].items()
+        if key.startswith(family) and key.endswith(f"@{level}")
+    ]
+    return max(found, default=None)
+
+
+def _first(rows: Iterable[Row]) -> list[Row]:
+    order = list(SOURCES), list(VARIANTS)
+    chosen = [r for r in rows if r["name"].endswith("-seed0") and _parts(r)[0] != "election-tweets"]
+    return sorted(
+        (r for r in chosen if _parts(r)[1] != "privtune-decoder"),
+        key=lambda r: tuple(o.index(p) for o, p in zip(order, _parts(r), strict=True)),
+    )
+
+
+def _parts(row: Row) -> tuple[str, str]:
+    name = row["name"].rsplit("-seed", 1)[0]
+    source = next(s for s in SOURCES if name.startswith(f"{s}-"))
+    return source, name.removeprefix(f"{source}-")
+
+
+def _value(measures: dict[str, Any], name: str) -> float:
+    value = measures[name]["value"]
+    return 0.0 if value is None else float(value)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.4f} ({min(values):.4f}-{max(values):.4f})"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
