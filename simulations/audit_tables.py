@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from privtune_flwr.audit.attacks.base import LEVELS
-from simulations.audited import SOURCES, VARIANTS
+from simulations.audited import VARIANTS
 
 Row = dict[str, Any]
 _MEASURES = ("top1", "content_top1")
@@ -59,17 +59,26 @@ def recovery_table(rows: Sequence[Row], headline: Sequence[Row], references: dic
 
 
 def family_table(rows: Sequence[Row]) -> str:
-    """Hold each family's best at the levels against each other, first seed, all tokens in %."""
-    columns = [(family, level) for family in _FAMILIES for level in LEVELS]
-    present = [c for c in columns if any(_family(r, *c) is not None for r in _first(rows))]
-    lines = [
-        "| text | release | " + " | ".join(f"{f}, {level}" for f, level in present) + " |",
-        "|---" * (len(present) + 2) + "|",
+    """Hold each family's best at the levels against each other: movie-snippets, first seed."""
+    audited = {
+        variant: row
+        for variant in VARIANTS
+        for row in _audited(rows, "movie-snippets", variant)
+        if row["name"].endswith("-seed0") and variant != "privtune-decoder"
+    }
+    columns = [
+        (family, level)
+        for family in _FAMILIES
+        for level in LEVELS
+        if any(_family(row, family, level) is not None for row in audited.values())
     ]
-    for row in _first(rows):
-        source, variant = _parts(row)
-        cells = [_percent(_family(row, *column)) for column in present]
-        lines.append(f"| {source} | {variant} | " + " | ".join(cells) + " |")
+    lines = [
+        "| release | " + " | ".join(f"{f}, {level}" for f, level in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for variant, row in audited.items():
+        cells = [_percent(_family(row, *column)) for column in columns]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -102,9 +111,8 @@ def _named(rows: Iterable[Row], source: str, variant: str) -> list[Row]:
 
 def _audited(rows: Sequence[Row], source: str, variant: str) -> list[Row]:
     """Give a variant's audits; the decoder changes no release, so its twin's stand for it."""
-    own = _named(rows, source, variant)
-    twin = _named(rows, source, "privtune-plain") if variant == "privtune-decoder" else []
-    return max(own, twin, key=len)
+    released = "privtune-plain" if variant == "privtune-decoder" else variant
+    return [r for r in _named(rows, source, released) if "audit" in r]
 
 
 def _best(rows: Sequence[Row], level: str) -> str:
@@ -132,21 +140,6 @@ def _family(row: Row, family: str, level: str) -> float | None:
         if key.startswith(family) and key.endswith(f"@{level}")
     ]
     return max(found, default=None)
-
-
-def _first(rows: Iterable[Row]) -> list[Row]:
-    order = list(SOURCES), list(VARIANTS)
-    chosen = [r for r in rows if r["name"].endswith("-seed0") and _parts(r)[0] != "election-tweets"]
-    return sorted(
-        (r for r in chosen if _parts(r)[1] != "privtune-decoder"),
-        key=lambda r: tuple(o.index(p) for o, p in zip(order, _parts(r), strict=True)),
-    )
-
-
-def _parts(row: Row) -> tuple[str, str]:
-    name = row["name"].rsplit("-seed", 1)[0]
-    source = next(s for s in SOURCES if name.startswith(f"{s}-"))
-    return source, name.removeprefix(f"{source}-")
 
 
 def _value(measures: dict[str, Any], name: str) -> float:

@@ -74,17 +74,17 @@ QUICK = Preset(
 )
 FULL = Preset(
     "full",
-    sentences=1000,
-    in_domain=4000,
-    optimised=64,
+    sentences=600,
+    in_domain=3000,
+    optimised=48,
     learned=tuple(
         (network, level)
         for level in ("unaware", "adaptive", "in-domain")
         for network in ("mlp", "sequence")
     ),
-    steps=150,
+    steps=120,
     tokens=200_000,
-    repeats=300,
+    repeats=200,
     attribute_sentences=2000,
     canaries=CANARIES,
 )
