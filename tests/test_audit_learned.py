@@ -19,7 +19,7 @@ from privtune_flwr.audit.floors import constant_floor
 from privtune_flwr.audit.measure import recovery
 from privtune_flwr.privacy.base import Mechanism
 
-SENTENCES = 60
+SENTENCES = 40
 FEW = 12  # for the optimisation, which is costly
 
 
@@ -36,7 +36,7 @@ def designs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build
 
 
-def learned(level: Any, network: Network, steps: int, tokens: int = 10_000) -> Learned:
+def learned(level: Any, network: Network, steps: int, tokens: int = 4_000) -> Learned:
     return Learned(level, network=network, steps=steps, tokens=tokens)
 
 
@@ -82,19 +82,19 @@ def test_a_shift_hides_the_text_only_from_who_does_not_know_it(designs: Any) -> 
 def test_training_beats_its_start(designs: Any) -> None:
     world = real(2, SENTENCES)
     mechanism, released = designs("dchi", 4.0)
-    attack = learned("adaptive", "sequence", 20, tokens=20_000)
+    attack = learned("adaptive", "sequence", 15, tokens=15_000)
     share = attacked(world, attack, mechanism, released)
     # chosen by held-out loss, which does not promise more hits on these few sentences
     assert share > attacked(world, Gaussian("adaptive"), mechanism, released) - 0.01
     assert attack.curve is not None
     losses = attack.curve["y"]
-    assert min(losses) < 0.98 * losses[0]
+    assert min(losses) < 0.99 * losses[0]
 
 
 def test_the_same_seed_gives_the_same_guesses_in_any_company(designs: Any) -> None:
     world = real(2, SENTENCES)
     mechanism, released = designs("dchi", 4.0)
-    attack, again = (learned("adaptive", "sequence", 2, tokens=5000) for _ in range(2))
+    attack, again = (learned("adaptive", "sequence", 1, tokens=2500) for _ in range(2))
     for each in (attack, again):
         each.fit(world.knowledge("adaptive", mechanism), released)
     guesses = attack.guess(released, k=5)

@@ -299,10 +299,10 @@ def _logits(model: _SequenceModel, rows: Rows) -> Tensor:
 
 
 _ATTACKERS: dict[str, _Attacker] = {
-    "logistic regression, mean of rows": _linear(_pool_mean),
-    "logistic regression, mean, deviation and maximum of rows": _linear(_pool_all),
-    "perceptron, mean, deviation and maximum of rows": _perceptron,
-    "transformer over rows": _transformer,
+    "logistic: mean": _linear(_pool_mean),
+    "logistic: mean, deviation, maximum": _linear(_pool_all),
+    "perceptron: mean, deviation, maximum": _perceptron,
+    "transformer: all rows": _transformer,
 }
 
 #: Names of the attackers, the simplest first.

@@ -79,13 +79,17 @@ def test_an_audit_says_what_it_found(run: Run, audited: dict[str, Any]) -> None:
     assert "://" not in page
 
 
-def test_repeats_in_the_store_are_averaged(audited: dict[str, Any]) -> None:
+def test_repeats_in_the_store_are_averaged(run: Run, audited: dict[str, Any]) -> None:
     repeats = audited["repeats"]
     assert (repeats["policy"], repeats["releases_in_store"]) == ("per-epoch", 2)
     assert repeats["differing"] == 120
     once = next(a for a in audited["attacks"] if a["key"] == "gaussian@adaptive")["measures"]
     twice = repeats["averaged_in_store"]["measures"]
     assert twice["top1"]["value"] > once["top1"]["value"] + 0.05
+    page = (run.folder / "audit" / "audit.html").read_text()
+    assert f"reads <strong>{100 * twice['top1']['value']:.1f} %" in page.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
 
 
 def test_what_is_done_is_not_done_again(run: Run, audited: dict[str, Any]) -> None:

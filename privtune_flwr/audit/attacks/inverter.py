@@ -216,7 +216,17 @@ class Inverter(nn.Module):
 
     def _without_context(self, knowledge: Knowledge, rare: NDArray[np.int64]) -> torch.Tensor:
         """Class means as they would be of tokens that the text lacked, (V, d)."""
-        rows_RD = context_free(knowledge.bottom, knowledge.bottom.tokenizer, rare)
+        public = knowledge.public
+        known = np.flatnonzero((public.counts > 0) & (public.counts <= _RARE))
+        table = public.cached(
+            "context-free",
+            {"rare": _RARE},
+            lambda: {"rows": context_free(knowledge.bottom, public.tokenizer, known)},
+        )
+        # what the public text lacks has no other entry in the bank
+        rows_VD = np.array(public.bank, dtype=np.float32)
+        rows_VD[known] = table["rows"]
+        rows_RD = rows_VD[rare]
         if self.shift_VD is not None:
             rows_RD = rows_RD + self.shift_VD[rare]
         alone_VD = self.means_VD.clone()
