@@ -52,9 +52,9 @@ class Real:
             ]
         )
 
-    def knowledge(self, level: Level, mechanism: Mechanism) -> Knowledge:
-        """What an attacker of a level knows of it."""
-        in_domain = self.in_domain if level == "in-domain" else []
+    def knowledge(self, level: Level, mechanism: Mechanism, own: int = 800) -> Knowledge:
+        """What an attacker of a level knows of it; ``own`` sentences of the source at most."""
+        in_domain = self.in_domain[:own] if level == "in-domain" else []
         return Knowledge(level, self.bottom, self.public, mechanism, in_domain)
 
 
@@ -80,7 +80,7 @@ def real(cut: int = 2, sentences: int = 150) -> Real:
     texts = load_source("movie-snippets")["text"]
     order = np.random.default_rng(1).permutation(len(texts))
     private = [texts[int(i)] for i in order[:sentences]]
-    own = [texts[int(i)] for i in order[sentences : sentences + 800]]
+    own = [texts[int(i)] for i in order[sentences : sentences + 2000]]
     sequences = tokenise(model.tokenizer, private, 128)
     in_domain = tokenise(model.tokenizer, own, 128)
     gathered = Real(

@@ -235,11 +235,11 @@ def test_levels_know_what_they_are_said_to_know(real: Real, privtuned: PrivTuned
     np.testing.assert_allclose(adaptive.means - adaptive.clean_means, adaptive.shift, atol=1e-3)
     # In-domain text comes first and moves counts, prior and means of the words it has.
     np.testing.assert_array_equal(own.clean(500)[0].ids, real.in_domain[0])
-    assert own.counts.sum() == adaptive.counts.sum() + sum(len(s) for s in real.in_domain)
+    assert own.counts.sum() == adaptive.counts.sum() + sum(len(s) for s in own.in_domain)
     assert own.prior.sum() == pytest.approx(1)
     unseen = own.counts == 0
     np.testing.assert_array_equal(own.clean_means[unseen], adaptive.clean_means[unseen])
     first = int(real.in_domain[0][1])
     assert not np.array_equal(own.clean_means[first], adaptive.clean_means[first])
     with pytest.raises(ValueError, match="no in-domain text"):
-        type(own)("adaptive", real.bottom, real.public, privtuned.mechanism, real.in_domain)
+        type(own)("adaptive", real.bottom, real.public, privtuned.mechanism, own.in_domain)

@@ -48,7 +48,7 @@ class Blank(PosteriorAttack):
 def attacked(
     world: Real, attack: Any, mechanism: Mechanism, released: Released
 ) -> tuple[float, float]:
-    attack.prepare(world.knowledge(attack.level, mechanism), released)
+    attack.prepare(world.knowledge(attack.level, mechanism, own=2000), released)
     guesses = [g[:, 0] for g in attack.guess(released)]
     found = recovery(world.sequences[: len(guesses)], guesses, world.public.tokenizer)
     return found.all, found.content
@@ -148,7 +148,7 @@ def test_exact_map_reads_what_the_table_says_and_context_reads_more() -> None:
     with_context, _ = attacked(world, Context(exact), mechanism, fewer)
     assert with_context > 1.5 * found
     own_text, _ = attacked(world, Context(Exact("in-domain")), mechanism, fewer)
-    assert own_text > 1.1 * with_context
+    assert own_text > 1.2 * with_context
 
 
 def test_expectation_by_hand_and_what_has_no_table() -> None:
