@@ -11,7 +11,19 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from privtune_flwr.mechanism_config import (
+    BottleneckSection,
+    CellsSection,
+    LearningSection,
+    PrivTuneSection,
+    SiblingsSection,
+    TextSection,
+)
+from privtune_flwr.section import ConfigError as ConfigError
+from privtune_flwr.section import Section as Section
+from privtune_flwr.section import dashed
 
 PACKAGED_MODELS = ("minilm", "smollm2")
 PACKAGED_SOURCES = ("movie-snippets", "bbc-news", "20newsgroups", "election-tweets")
@@ -19,22 +31,6 @@ PUBLIC_CORPORA = ("amazon-snippets", "nyt-snippets", "tweets")
 
 Scalar = str | int | float | bool
 T = TypeVar("T", bound=BaseModel)
-
-
-class ConfigError(ValueError):
-    """A run configuration or device policy that cannot be used; the message names the key."""
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class Section(BaseModel):
-    """Base of all sections: dashed keys outside, unknown keys refused, immutable."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, alias_generator=_dashed, populate_by_name=True
-    )
 
 
 class ModelConfig(Section):
@@ -102,7 +98,7 @@ class PrivacyConfig(Section):
     (*reconstruction*, see privtune_flwr/privacy/privtune/mechanism.py).
     """
 
-    mechanism: str = Field("privtune", min_length=1)
+    mechanism: str = Field("bottleneck", min_length=1)
     noise: float = Field(0.25, gt=0, le=1000)
     eta: float = Field(0.0, ge=0)
     hops: int = Field(2, ge=1, le=4)
@@ -115,6 +111,12 @@ class PrivacyConfig(Section):
     wire: Literal["float16", "int8", "float32", "float32-padded"] = "float16"
     chunk_size: int = Field(64, ge=1, le=4096, description="examples a message")
     labels: Literal["shared"] = Field("shared", description="labels travel with the smashed data")
+    privtune: PrivTuneSection = PrivTuneSection()
+    siblings: SiblingsSection = SiblingsSection()
+    bottleneck: BottleneckSection = BottleneckSection()
+    cells: CellsSection = CellsSection()
+    text: TextSection = TextSection()
+    learning: LearningSection = LearningSection()
 
 
 class TrainConfig(Section):
@@ -139,6 +141,29 @@ class TrainConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
 
 
+class RecoveryConfig(Section):
+    """How the cloud makes up for the noise: post-processing, which costs the devices no privacy.
+
+    One cloud, one knowledge: what is used here the attacker has as well.
+    """
+
+    denoise: Literal["none", "posterior-mean"] = Field(
+        "none", description="replace a row by its posterior mean under the known noise law"
+    )
+    scale: Literal["none", "clean-norm"] = Field(
+        "none", description="scale rows to the norm that clean public rows have"
+    )
+    adapt: Literal["none", "distil", "labels", "reconstruct"] = Field(
+        "none",
+        description="first train the top model on public text sent through the mechanism: to give "
+        "the clean model's states (distil), on public labels of the same task (labels), or to name "
+        "the true tokens (reconstruct)",
+    )
+    adapt_epochs: int = Field(2, ge=1, le=100)
+    adapt_examples: int = Field(4000, ge=1, description="public sentences at most")
+    adapt_learning_rate: float = Field(5e-5, gt=0, le=10)
+
+
 class RunSection(Section):
     """Where results go, and the seed."""
 
@@ -158,6 +183,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     train: TrainConfig = TrainConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     run: RunSection = RunSection()
 
 
@@ -181,13 +207,18 @@ def load_run_config(flat: Mapping[str, Scalar]) -> RunConfig:
     """
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        section, _, name = key.partition(".")
-        if not name:
+        *sections, name = key.split(".")
+        if not sections:
             raise ConfigError(
                 f"{key} = {value!r}: unknown key; allowed: "
                 f"{', '.join(f'{s}.*' for s in RunConfig.model_fields)}"
             )
-        nested.setdefault(section, {})[name] = value
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key} = {value!r}: unknown key; {section} is no section")
+        place[name] = value
     config = validate_section(RunConfig, nested)
     _check_mechanism(config.privacy.mechanism)
     return config
@@ -202,8 +233,18 @@ def _check_mechanism(name: str) -> None:
 
 def flatten(config: RunConfig) -> dict[str, Scalar]:
     """Give a configuration back as Flower's flat, dashed dictionary."""
-    dumped = config.model_dump(by_alias=True)
-    return {f"{section}.{key}": v for section, keys in dumped.items() for key, v in keys.items()}
+    return flat_keys(config.model_dump(by_alias=True))
+
+
+def flat_keys(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Join the keys of nested tables by dots."""
+    flat: dict[str, Scalar] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flat_keys(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def validate_section(model: type[T], values: Mapping[str, Any]) -> T:
@@ -219,7 +260,7 @@ def _describe(model: type[BaseModel], error: Any) -> str:
     key = ".".join(path) or model.__name__
     owner, field = _find_field(model, path)
     if error["type"] == "extra_forbidden":
-        names = [_dashed(name) for name in owner.model_fields] if owner else []
+        names = [dashed(name) for name in owner.model_fields] if owner else []
         return f"{key} = {error['input']!r}: unknown key; allowed: {', '.join(names)}"
     if error["type"] in ("value_error",):
         return f"{key}: {error['ctx']['error']}"

@@ -14,6 +14,7 @@ from privtune_flwr.config import (
     RunConfig,
     Scalar,
     Section,
+    flat_keys,
     flatten,
     load_run_config,
     validate_section,
@@ -38,11 +39,7 @@ class Scenario(Section):
 
     def run_config(self, overrides: dict[str, Scalar] | None = None) -> RunConfig:
         """Validate the run configuration, with single keys overridden."""
-        flat = {
-            f"{section}.{key}": value
-            for section, keys in self.config.items()
-            for key, value in (keys.items() if isinstance(keys, dict) else [("", keys)])
-        }
+        flat = flat_keys(self.config)
         return load_run_config(flatten(RunConfig()) | flat | (overrides or {}))
 
 

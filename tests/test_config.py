@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from privtune_flwr.config import ConfigError, RunConfig, flatten, load_run_config
+from privtune_flwr.config import ConfigError, RunConfig, flat_keys, flatten, load_run_config
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def test_pyproject_holds_every_key_with_its_default() -> None:
     sections = tomllib.loads(PYPROJECT.read_text("utf-8"))["tool"]["flwr"]["app"]["config"]
-    written = {f"{s}.{key}": value for s, keys in sections.items() for key, value in keys.items()}
+    written = flat_keys(sections)
     defaults = flatten(RunConfig())
     assert written == defaults
     # TOML types too: Flower refuses an override of another type
@@ -44,7 +44,7 @@ def test_missing_keys_take_their_default() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("nosuch.key", 1, ["nosuch", "unknown key", "model, data, privacy, train, run"]),
+        ("nosuch.key", 1, ["nosuch", "unknown key", "model, data, privacy, train, recovery, run"]),
         ("seed", 1, ["seed = 1", "unknown key", "run.*"]),
         ("train.epoch", 3, ["train.epoch = 3", "unknown key", "epochs"]),
         ("privacy.wire", "int4", ["privacy.wire = 'int4'", '"int8"', '"float16"']),
@@ -59,7 +59,7 @@ def test_missing_keys_take_their_default() -> None:
         ("model.name", 3, ["model.name = 3", "str"]),
         ("model.name", "", ["model.name = ''"]),
         ("run.name", "../up", ["run.name = '../up'", "like"]),
-        ("privacy.mechanism", "magic", ["privacy.mechanism = 'magic'", "dchi, none, privtune"]),
+        ("privacy.mechanism", "magic", ["privacy.mechanism = 'magic'", "dchi", "none", "privtune"]),
         ("data.public-text", "tweets,nosuch", ["public-text", "'nosuch'", "amazon-snippets"]),
         ("data.partitioner", "column", ["partition-column", "partitioner = column"]),
     ],

@@ -1,111 +1,28 @@
 """What a privacy mechanism is: designed in the cloud, loaded and applied on the device.
 
-Shapes: ``T`` tokens of one sentence, ``d`` hidden size, ``V`` vocabulary.
+Shapes: ``T`` tokens of one sentence, ``d`` hidden size, ``V`` vocabulary, ``C`` codewords.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privtune_flwr.errors import PrivTuneError
+from privtune_flwr.privacy.spec import MechanismError as MechanismError
+from privtune_flwr.privacy.spec import MechanismSpec as MechanismSpec
+from privtune_flwr.privacy.spec import Param as Param
+from privtune_flwr.privacy.spec import ParamReader as ParamReader
 
 if TYPE_CHECKING:
     from privtune_flwr.config import PrivacyConfig
+    from privtune_flwr.privacy.learning import Learner
+    from privtune_flwr.privacy.privtune.bank import Bottom
     from privtune_flwr.privacy.public import PublicKnowledge
-
-Param = str | int | float
-
-
-class MechanismError(PrivTuneError, ValueError):
-    """A mechanism that cannot be designed, loaded or applied; nothing may be released.
-
-    Its message is built from specifications, shapes and types, never from text or values.
-    """
-
-
-@dataclass(frozen=True)
-class MechanismSpec:
-    """A mechanism and all that determines its law, small enough to travel with each message.
-
-    Parameters
-    ----------
-    name : str
-        Name in the registry.
-    params : dict
-        Strings, integers and finite floats.
-    artefact : str
-        Bundle id of the public artefact's files, empty if there is none.
-
-    Raises
-    ------
-    MechanismError
-        If a parameter has another type or is not finite.
-    """
-
-    name: str
-    params: Mapping[str, Param] = field(default_factory=dict)
-    artefact: str = ""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise MechanismError(f"mechanism name: a non-empty string is needed, got {self.name!r}")
-        if not isinstance(self.artefact, str):
-            raise MechanismError(f"{self.name}: artefact must be a string, got {self.artefact!r}")
-        if not isinstance(self.params, Mapping):
-            raise MechanismError(f"{self.name}: params must be a mapping, got {self.params!r}")
-        for key, value in self.params.items():
-            if not isinstance(key, str):
-                raise MechanismError(f"{self.name}: parameter name {key!r} is not a string")
-            if isinstance(value, bool) or not isinstance(value, str | int | float):
-                raise MechanismError(f"{self.name}.{key} = {value!r}: must be a string or a number")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise MechanismError(f"{self.name}.{key} = {value!r}: must be finite")
-        # A copy, so that nobody changes a specification whose id already keys noise.
-        object.__setattr__(self, "params", dict(self.params))
-
-    def __hash__(self) -> int:
-        return hash(self.to_json())
-
-    def to_json(self) -> str:
-        """Write canonical JSON: sorted keys, no spaces, ASCII; equal specifications, equal text."""
-        content = {"artefact": self.artefact, "name": self.name, "params": dict(self.params)}
-        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote.
-
-        Raises
-        ------
-        MechanismError
-            On anything else: other keys, doubled keys, non-finite numbers, broken JSON.
-        """
-        try:
-            content = json.loads(
-                text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant
-            )
-        except (ValueError, RecursionError) as error:
-            raise MechanismError(f"mechanism specification: {error}") from None
-        if not isinstance(content, dict) or set(content) != {"name", "params", "artefact"}:
-            raise MechanismError(
-                "mechanism specification: needs exactly the keys artefact, name, params"
-            )
-        return cls(content["name"], content["params"], content["artefact"])
-
-    @property
-    def id(self) -> str:
-        """SHA-256 of the canonical JSON, in hex: what noise is keyed by and releases are marked."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -129,6 +46,33 @@ class Guarantee:
     adversary: str
     eta: float | None
     statement: str
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much one release can tell, in the currencies in which a device may set bounds.
+
+    Attributes
+    ----------
+    eta : float or None
+        d_chi: the largest effective eta of a token, per unit of distance.
+    epsilon : float or None
+        Local differential privacy of one token, or of one sentence (see ``per``).
+    delta : float
+        Belongs to ``epsilon``; 0 for pure privacy.
+    bits : float or None
+        The most that one token's released row can carry, whatever was learned: log2 of the number
+        of rows that there are.
+    per : {"token", "sentence"}
+        What ``epsilon`` is about. A sentence's own replacement is the adjacency in both cases;
+        per token it composes over the tokens.
+    """
+
+    eta: float | None = None
+    epsilon: float | None = None
+    delta: float = 0.0
+    bits: float | None = None
+    per: Literal["token", "sentence"] = "token"
 
 
 @dataclass(frozen=True)
@@ -162,13 +106,50 @@ class Channel:
             raise ValueError("a channel's probabilities must be a distribution for each token")
 
 
+class TokenChannel(Protocol):
+    """A mechanism that replaces tokens by tokens, as an attacker who knows its table sees it."""
+
+    def log_likelihood(self, outputs_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Give log P(output token | v) of each released token for every v, (N, V)."""
+
+
 class Mechanism(ABC):
     """One way to perturb the representations of a sentence before they leave the device."""
 
     name: ClassVar[str]
+    #: ``rows``: perturbs clean rows at the cut. ``tokens``: starts from the sentence's tokens and
+    #: uses the bottom model itself, which must be attached.
+    reads: ClassVar[Literal["rows", "tokens"]] = "rows"
+    #: A released row is the clean row, plus the known shift of its token, plus noise of mean zero.
+    additive: ClassVar[bool] = True
+    #: Parts of it are learned from private text, in rounds of their own before the release.
+    learned: ClassVar[bool] = False
 
     def __init__(self, spec: MechanismSpec) -> None:
         self.spec = spec
+        self._bottom: Bottom | None = None
+
+    def attach(self, bottom: Bottom) -> Self:
+        """Give the device's bottom model to a mechanism that reads tokens."""
+        self._bottom = bottom
+        return self
+
+    @property
+    def bottom(self) -> Bottom:
+        """The attached bottom model.
+
+        Raises
+        ------
+        MechanismError
+            If none was attached.
+        """
+        if self._bottom is None:
+            raise MechanismError(f"{self.name}: reads tokens, so it needs the bottom model")
+        return self._bottom
+
+    def width(self, hidden_size: int) -> int:
+        """Give the width of a released row; ``hidden_size`` is that of representations."""
+        return hidden_size
 
     @classmethod
     @abstractmethod
@@ -233,6 +214,35 @@ class Mechanism(ABC):
         eta = spec.params.get("eta")
         return float(eta) if isinstance(eta, int | float) else None
 
+    @classmethod
+    def declared(cls, spec: MechanismSpec) -> Strength:
+        """Say how strong a specification is at most, without its artefact; None means unbounded."""
+        return Strength(eta=cls.declared_eta(spec))
+
+    @classmethod
+    def learner(
+        cls, spec: MechanismSpec, artefact: Path | None, bottom: Bottom, num_labels: int
+    ) -> Learner:
+        """Build what learns this mechanism's parts before release; only if :attr:`learned`.
+
+        Parameters
+        ----------
+        spec : MechanismSpec
+            As designed: it also holds every setting of the learning.
+        artefact : Path or None
+            Its files.
+        bottom : Bottom
+            The device's (or the cloud's) bottom model.
+        num_labels : int
+            Classes of the task.
+        """
+        raise MechanismError(f"{cls.name}: has nothing to learn")
+
+    @property
+    def strength(self) -> Strength:
+        """How much one release can tell."""
+        return Strength(eta=self.eta_max)
+
     def shift(self) -> NDArray[np.floating[Any]] | None:
         """Known mean of the noise for each token, (V, d), or ``None`` where it is zero.
 
@@ -245,6 +255,14 @@ class Mechanism(ABC):
 
         For mechanisms whose row depends on the token (and chance) alone, independently of the
         other tokens; public by Kerckhoffs. ``None`` for all others.
+        """
+        return None
+
+    def token_channel(self) -> TokenChannel | None:
+        """Give the law of a mechanism that replaces each token by another, on its own.
+
+        What is released is the bottom model's representation of the replaced sentence.
+        ``None`` for all others.
         """
         return None
 
@@ -266,7 +284,7 @@ class Mechanism(ABC):
 
         Returns
         -------
-        float32 array, shape (T, d)
+        float32 array, shape (T, width(d))
             What may be released.
 
         Raises
@@ -291,48 +309,7 @@ class Mechanism(ABC):
             raise MechanismError(f"{self.name}: a representation is not finite; nothing released")
         with np.errstate(over="ignore"):  # an overflow becomes inf and is refused below
             released = self._perturb(hidden_64, ids.astype(np.int64), rng).astype(np.float32)
-        if released.shape != hidden.shape or not np.isfinite(released).all():
+        expected = len(hidden), self.width(hidden.shape[1])
+        if released.shape != expected or not np.isfinite(released).all():
             raise MechanismError(f"{self.name}: the perturbed values are not finite; none released")
         return released
-
-
-class ParamReader:
-    """Read a specification's parameters strictly: each is named, typed, bounded, none left over."""
-
-    def __init__(self, spec: MechanismSpec, names: Iterable[str]) -> None:
-        self._spec = spec
-        expected = set(names)
-        for name in sorted(expected - set(spec.params)):
-            raise MechanismError(f"{spec.name}.{name}: missing")
-        for name in sorted(set(spec.params) - expected):
-            allowed = ", ".join(sorted(expected)) or "none"
-            raise MechanismError(f"{spec.name}.{name}: unknown parameter; allowed: {allowed}")
-
-    def real(self, name: str, low: float, high: float) -> float:
-        """Give a float in [low, high]."""
-        value = self._spec.params[name]
-        if isinstance(value, str) or not low <= value <= high:
-            raise MechanismError(
-                f"{self._spec.name}.{name} = {value!r}: must be a number from {low:g} to {high:g}"
-            )
-        return float(value)
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        """Give an int in [low, high]."""
-        value = self._spec.params[name]
-        if not isinstance(value, int) or not low <= value <= high:
-            raise MechanismError(
-                f"{self._spec.name}.{name} = {value!r}: must be an integer from {low} to {high}"
-            )
-        return value
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key is given twice")
-    return content
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a finite number")
