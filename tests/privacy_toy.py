@@ -25,6 +25,9 @@ class ToyTokenizer:
     def __len__(self) -> int:
         return VOCABULARY
 
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [f"w{i}" for i in ids]
+
     def __call__(
         self, texts: str | list[str], add_special_tokens: bool = True, **options: Any
     ) -> dict[str, Any]:

@@ -78,6 +78,12 @@ class BottomModel(nn.Module):
         return int(self.base.config.vocab_size)
 
     @property
+    def embedding_table(self) -> npt.NDArray[np.float32]:
+        """Input embedding of each vocabulary entry, before positions: (V, E), a copy."""
+        weight_VE: Tensor = self.base.get_input_embeddings().weight
+        return weight_VE.detach().float().cpu().numpy().copy()
+
+    @property
     def max_positions(self) -> int | None:
         """Longest sequence in tokens, None if positions are rotary."""
         return self.family.max_positions(self.base.config)

@@ -1,0 +1,1 @@
+"""Mechanisms of other authors that replace tokens by tokens before the bottom model."""
