@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from privacy_toy import CLS, PAD, SEP, VOCABULARY, ToyBottom, toy_public
 from safetensors.numpy import load_file, save_file
 
 from privtune_flwr.bundle import Manifest
-from privtune_flwr.config import PrivacyConfig
+from privtune_flwr.config import ConfigError, PrivacyConfig, load_run_config
+from privtune_flwr.mechanism_config import PrivTuneSection
 from privtune_flwr.privacy.base import MechanismError, MechanismSpec
-from privtune_flwr.privacy.privtune.graph import hop_sets, nearest, symmetric_graph
-from privtune_flwr.privacy.privtune.importance import importance, noise_scale
+from privtune_flwr.privacy.privtune.graph import hop_sets, hop_sizes, nearest, symmetric_graph
+from privtune_flwr.privacy.privtune.importance import importance, noise_scale, protected_entries
 from privtune_flwr.privacy.privtune.mechanism import TENSORS, PrivTune
 from privtune_flwr.privacy.privtune.targets import target_points
 from privtune_flwr.privacy.registry import create_mechanism
@@ -79,6 +81,14 @@ def test_hop_sets_are_exact(hops: int) -> None:
         assert row.nnz == len(expected)
 
 
+def test_hop_sizes_count_all_exact_sets() -> None:
+    graph = symmetric_graph(nearest(_bank(150), K)[1])
+    sets = hop_sets(graph, 0, 150, 4)
+    expected = [np.diff(members.indptr) for members in sets]
+    np.testing.assert_array_equal(hop_sizes(graph, 4), expected)
+    assert hop_sizes(graph, 4)[3].max() > 10
+
+
 @pytest.mark.parametrize(("hops", "targets"), [(1, 2), (2, 5), (3, 4)])
 def test_targets_follow_the_definition(hops: int, targets: int) -> None:
     bank, unit = _bank(), 0.4
@@ -132,7 +142,34 @@ def test_scales_follow_the_rank() -> None:
         assert noise_scale(score, np.array([], int), floor=floor).min() >= floor
 
 
-def _designed(folder: Path, **changes: float) -> tuple[MechanismSpec, Path]:
+@pytest.mark.parametrize("buckets", [1, 2, 3, 7])
+def test_buckets_are_few_scales_of_equal_size_from_one_to_the_floor(buckets: int) -> None:
+    score = np.random.default_rng(1).permutation(210).astype(float)
+    scale = noise_scale(score, np.array([], int), floor=0.4, buckets=buckets)
+    values, entries = np.unique(scale, return_counts=True)
+    expected = np.linspace(0.4, 1, buckets) if buckets > 1 else [1.0]
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    assert (entries == 210 // buckets).all()
+    # more important never gets more noise
+    assert (np.diff(scale[np.argsort(score)]) <= 0).all()
+
+
+def test_each_factor_of_importance_can_be_taken_out() -> None:
+    public_bank = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, 10, size=6).astype(np.int32) for _ in range(200)]
+    both, tfidf, entropy, none = (
+        importance(sequences, public_bank, kind=kind)
+        for kind in ("tfidf-entropy", "tfidf", "entropy", "none")
+    )
+    np.testing.assert_allclose(both, tfidf * entropy)
+    assert not np.allclose(both[:10], tfidf[:10])
+    assert not np.allclose(both[:10], entropy[:10])
+    assert np.isnan(none).all()
+    assert (noise_scale(none, np.array([], int), floor=0.5) == 1).all()
+
+
+def _designed(folder: Path, **changes: Any) -> tuple[MechanismSpec, Path]:
     artefact = folder / "artefact"
     artefact.mkdir(exist_ok=True)
     config = PrivacyConfig(neighbours=4, targets=3).model_copy(update=changes)
@@ -159,6 +196,74 @@ def test_special_and_unseen_tokens_keep_the_full_noise(tmp_path: Path) -> None:
     assert (scale[[CLS, SEP, PAD]] == 1).all()
     assert (scale[50:] == 1).all()
     assert scale.min() == pytest.approx(0.5)
+
+
+def test_a_protected_entry_keeps_the_full_noise(tmp_path: Path) -> None:
+    free, artefact = _designed(tmp_path)
+    before = load_file(artefact / TENSORS)["scale"]
+    listed = PrivTuneSection(protect="^w1[0-9]$, W2")  # an exact one, and one found anywhere
+    spec, artefact = _designed(tmp_path, privtune=listed)
+    scale = load_file(artefact / TENSORS)["scale"]
+    named = [*range(10, 20), 2, *range(20, 30)]
+    assert before[named].min() < 0.9
+    assert (scale[named] == 1).all()
+    others = [v for v in range(3, 50) if v not in named]
+    assert scale[others].min() < 0.6
+    assert spec.id != free.id
+    assert spec.params["protect"] == "^w1[0-9]$, W2"
+
+
+def test_protect_sees_through_the_marks_of_tokenizers() -> None:
+    pieces = ["john", "##john", "\u0120john", "\u2581john", "john</w>", "johnson", "mary", None]
+
+    class Pieces:
+        def __len__(self) -> int:
+            return len(pieces)
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
+            return [pieces[i] for i in ids]
+
+    tokenizer: Any = Pieces()
+    assert protected_entries(tokenizer, 99, ["^john$"]).tolist() == [0, 1, 2, 3, 4]
+    assert protected_entries(tokenizer, 99, ["john", "ary"]).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert len(protected_entries(tokenizer, 99, [])) == 0
+
+
+def test_settings_that_cannot_be_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="protect"):
+        load_run_config({"privacy.privtune.protect": "fine,(open"})
+    with pytest.raises(ConfigError, match="needs vector = pgd"):
+        load_run_config({"privacy.privtune.per": "occurrence"})
+
+
+def test_the_guarantee_counts_scales_and_names_each_buckets_eta(tmp_path: Path) -> None:
+    said = {}
+    for name, section, floor in (
+        ("ranks", PrivTuneSection(), 0.5),
+        ("three", PrivTuneSection(buckets=3), 0.5),
+        ("one", PrivTuneSection(buckets=1), 0.5),
+        ("none", PrivTuneSection(importance="none"), 0.5),
+        ("floor", PrivTuneSection(), 1.0),
+    ):
+        spec, artefact = _designed(tmp_path, privtune=section, importance_floor=floor)
+        mechanism = create_mechanism(spec, artefact)
+        said[name] = mechanism.guarantee().statement
+        if name == "three":
+            values, entries = np.unique(mechanism._scale_V, return_counts=True)  # type: ignore[attr-defined]
+            assert len(values) == 3
+            for value, count in zip(values, entries, strict=True):
+                eta = float(spec.params["eta"]) / value
+                assert f"eta = {eta:.6g} (s = {value:.4g}, {count} entries)" in said[name]
+            wrong = MechanismSpec(spec.name, {**spec.params, "buckets": 2}, spec.artefact)
+            with pytest.raises(MechanismError, match="buckets"):
+                create_mechanism(wrong, artefact)
+    assert "3 scale buckets" in said["three"]
+    assert "different scales" in said["ranks"]
+    for name in ("ranks", "three"):
+        assert "no pure d_chi" in said[name]
+    for name in ("one", "none", "floor"):
+        assert "no pure d_chi" not in said[name]
+        assert f"between any two of its {VOCABULARY} entries" in said[name]
 
 
 def test_artefact_is_a_bundle_and_the_design_repeats(tmp_path: Path) -> None:
@@ -193,12 +298,17 @@ def test_eta_max_is_that_of_the_least_noise(tmp_path: Path) -> None:
         ({"targets": 0}, "targets"),
         ({"shift": 5.0}, "shift"),
         ({"importance_floor": 0.0}, "importance_floor"),
+        ({"vector": "guess"}, "vector"),
+        ({"per": "occurrence"}, "per"),
+        ({"importance": "private"}, "importance"),
+        ({"protect": 3}, "protect"),
+        ({"buckets": -1}, "buckets"),
         ({"importance_floor": 0.9}, "importance_floor"),  # the table goes below
         ({"vocabulary": 61}, "artefact"),
         ({"dimension": 7}, "artefact"),
     ],
 )
-def test_wrong_parameters_are_refused(change: dict[str, float], named: str, tmp_path: Path) -> None:
+def test_wrong_parameters_are_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     spec, artefact = _designed(tmp_path)
     wrong = MechanismSpec(spec.name, {**spec.params, **change}, spec.artefact)
     with pytest.raises(MechanismError, match=named):

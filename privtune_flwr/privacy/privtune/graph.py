@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 
+_TARGETS_AT_ONCE = 2048  # a multiple of 64
+
+
 def nearest(bank_ND: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Find each row's k nearest other rows by Euclidean distance.
 
@@ -92,3 +95,41 @@ def hop_sets(graph: csr_array, start: int, stop: int, hops: int) -> list[csr_arr
         reached = csr_array(reached + frontier)
         sets.append(frontier)
     return sets
+
+
+def hop_sizes(graph: csr_array, hops: int) -> NDArray[np.int64]:
+    """Count the members of every exact hop set.
+
+    Reach is kept as bits, for a block of target nodes at a time: one step is an OR over each
+    node's neighbours, so that even sets which grow towards N x N are counted in seconds.
+
+    Parameters
+    ----------
+    graph : csr_array of bool, shape (N, N)
+        Symmetric adjacency without a diagonal; each node has a neighbour.
+    hops : int
+        n.
+
+    Returns
+    -------
+    int64 array, shape (n, N)
+        Sizes of N_1 to N_n.
+    """
+    nodes = graph.shape[0]
+    sizes = np.zeros((hops, nodes), dtype=np.int64)
+    if not (np.diff(graph.indptr) > 0).all():
+        raise ValueError("a node has no neighbour")
+    for start in range(0, nodes, _TARGETS_AT_ONCE):
+        stop = min(start + _TARGETS_AT_ONCE, nodes)
+        own = np.zeros((nodes, _TARGETS_AT_ONCE), dtype=bool)
+        own[np.arange(start, stop), np.arange(stop - start)] = True
+        reached = np.packbits(own, axis=1).view(np.uint64)
+        before = np.bitwise_count(reached).sum(axis=1, dtype=np.int64)
+        for hop in range(hops):
+            reached = reached | np.bitwise_or.reduceat(
+                reached[graph.indices], graph.indptr[:-1], axis=0
+            )
+            after = np.bitwise_count(reached).sum(axis=1, dtype=np.int64)
+            sizes[hop] += after - before
+            before = after
+    return sizes

@@ -3,7 +3,8 @@
 Known from the paper's abstract and secondary accounts: noise moves each token towards its n-hop
 indirect neighbours, a crafted vector is the mean of the d_chi noise, and the draw is scaled by
 token importance. The exact programs are not known; here the mean is the closed form of
-:mod:`~privtune_flwr.privacy.privtune.targets`, the scale that of
+:mod:`~privtune_flwr.privacy.privtune.targets` or the solution of
+:mod:`~privtune_flwr.privacy.privtune.optimise`, the scale that of
 :mod:`~privtune_flwr.privacy.privtune.importance`.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from privtune_flwr.privacy.base import (
     Mechanism,
     MechanismError,
     MechanismSpec,
+    Param,
     ParamReader,
 )
 from privtune_flwr.privacy.dchi import (
@@ -39,7 +41,38 @@ if TYPE_CHECKING:
 TENSORS = "privtune.safetensors"
 DESCRIPTION = "privtune.json"
 _VOCABULARY_RANGE = (2, 10_000_000)
-_NAMES = ("eta", "unit", "dimension", "vocabulary", "hops", "neighbours", "targets", "shift")
+_NAMES = (
+    "eta",
+    "unit",
+    "dimension",
+    "vocabulary",
+    "hops",
+    "neighbours",
+    "targets",
+    "shift",
+    "importance_floor",
+    "vector",
+    "per",
+    "importance",
+    "buckets",
+    "protect",
+)
+_CHOICES = {
+    "vector": ("closed", "pgd"),
+    "per": ("entry", "occurrence"),
+    "importance": ("tfidf-entropy", "tfidf", "entropy", "none"),
+}
+#: Parameters of the descent and their bounds; present where vector is pgd.
+_PROGRAM = {
+    "temperature": (1e-6, 10.0),
+    "repel": (0.0, 100.0),
+    "far": (0.0, 100.0),
+    "spread": (0.0, 100.0),
+    "consistency": (0.0, 100.0),
+    "semantic": (0.0, 1.0),
+    "validity": (0.0, 1.0),
+    "radius": (0.0, 100.0),
+}
 
 
 class PrivTune(Mechanism):
@@ -81,20 +114,36 @@ class PrivTune(Mechanism):
         """
         from safetensors.numpy import save_file
 
+        from privtune_flwr.privacy.privtune.tables import (
+            occurrence_tables,
+            program_params,
+            scale_table,
+            shift_table,
+        )
+
         eta, unit = resolve_eta(config, public)
-        recipe: dict[str, str | int | float] = {
+        settings = config.privtune
+        tables: dict[str, NDArray[Any]] = {
+            "shift": shift_table(config, public),
+            "scale": scale_table(config, public),
+        }
+        if settings.per == "occurrence":
+            tables |= occurrence_tables(config, public)
+        # Plain copies: cached tables are memory-mapped.
+        save_file({name: np.array(table) for name, table in tables.items()}, folder / TENSORS)
+        vocabulary, dimension = tables["shift"].shape
+        params: dict[str, Param] = {
             "hops": config.hops,
             "neighbours": config.neighbours,
             "targets": config.targets,
             "shift": config.shift,
             "importance_floor": config.importance_floor,
-        }
-        tables = public.cached("privtune", recipe, lambda: _tables(config, public))
-        # Plain copies: cached tables are memory-mapped.
-        save_file({name: np.array(table) for name, table in tables.items()}, folder / TENSORS)
-        vocabulary, dimension = tables["shift"].shape
-        params: dict[str, str | int | float] = {
-            **recipe,
+            "vector": settings.vector,
+            "per": settings.per,
+            "importance": settings.importance,
+            "buckets": settings.buckets,
+            "protect": settings.protect,
+            **(program_params(config) if settings.vector == "pgd" else {}),
             "eta": eta,
             "unit": unit,
             "dimension": dimension,
@@ -110,25 +159,48 @@ class PrivTune(Mechanism):
 
         The scale is what bounds eta, so every entry is checked against ``importance_floor``.
         """
-        reader = ParamReader(spec, (*_NAMES, "importance_floor"))
+        pgd = spec.params.get("vector") == "pgd"
+        reader = ParamReader(spec, (*_NAMES, *((*_PROGRAM, "steps") if pgd else ())))
+        for name, allowed in _CHOICES.items():
+            if spec.params[name] not in allowed:
+                raise MechanismError(f"{cls.name}.{name}: allowed: {', '.join(allowed)}")
+        if not isinstance(spec.params["protect"], str) or len(spec.params["protect"]) > 1000:
+            raise MechanismError(f"{cls.name}.protect: must be a string of at most 1000 characters")
         eta = reader.real("eta", *ETA_RANGE)
-        reader.real("unit", *UNIT_RANGE)
-        reader.integer("hops", 1, 4)
+        unit = reader.real("unit", *UNIT_RANGE)
+        hops = reader.integer("hops", 1, 4)
         reader.integer("neighbours", 2, 100)
         reader.integer("targets", 1, 100)
         reader.real("shift", 0, 4)
         floor = reader.real("importance_floor", 1e-6, 1)
+        buckets = reader.integer("buckets", 0, 1000)
         shape = (
             reader.integer("vocabulary", *_VOCABULARY_RANGE),
             reader.integer("dimension", *DIMENSION_RANGE),
         )
-        shift_VD, scale_V = _read_tables(artefact, shape)
+        tables = _read_tables(artefact, shape)
+        scale_V = tables["scale"]
         if not np.isfinite(scale_V).all() or scale_V.min() < floor or scale_V.max() > 1:
             raise MechanismError(
                 f"{cls.name}: a scale of the artefact lies outside importance_floor = {floor:g} "
                 "to 1"
             )
-        return cls(spec, eta=eta, shift_VD=shift_VD, scale_V=scale_V)
+        if buckets and len(np.unique(scale_V)) > buckets:
+            raise MechanismError(f"{cls.name}.buckets = {buckets}: the artefact has more scales")
+        common: dict[str, Any] = {"eta": eta, "shift_VD": tables["shift"], "scale_V": scale_V}
+        if spec.params["per"] == "entry":
+            if pgd:
+                _read_program(reader)
+            return cls(spec, **common)
+        if not pgd:
+            raise MechanismError(f"{cls.name}.per: occurrence needs vector = pgd")
+        from privtune_flwr.privacy.privtune.occurrence import PerOccurrence, check_tables
+        from privtune_flwr.privacy.privtune.optimise import Program
+
+        check_tables(tables, shape, hops)
+        program = Program(**_read_program(reader))
+        made = PerOccurrence(spec, **common, program=program, tables=tables, unit=unit)
+        return cast("Self", made)  # the registry knows one class; this one is a kind of it
 
     @classmethod
     def declared_eta(cls, spec: MechanismSpec) -> float | None:
@@ -149,21 +221,10 @@ class PrivTune(Mechanism):
 
     def guarantee(self) -> Guarantee:
         """State what the shifted, scaled noise promises, and what it does not."""
-        return Guarantee(
-            metric="Euclidean distance of two shifted representations g(v) = phi(v) + p*_v",
-            adversary="knows everything but the device's secret, the shift p* included",
-            eta=self.eta_max,
-            statement=f"Among tokens of one noise scale s, one released token is d_chi-private "
-            f"with eta = {self.eta:.6g} / s (at most {self.eta_max:.6g}) in the shifted metric, "
-            "not in the distance of clean representations; pulling tokens towards shared targets "
-            "shrinks that metric, and that is the gain. Between tokens of different scales the "
-            "log-ratio gains d ln(eta_v / eta_w) and a term without bound: no pure d_chi. It "
-            "composes over tokens and releases. Above cut 0 a representation carries its context, "
-            "so neighbours are sequences. p* is public: against an adversary who knows it the "
-            "shift alone protects nothing, only the random part and tokens sharing a target do. "
-            "The cloud supplies p*; the device checks its shape and the scale, not how it was "
-            "made.",
-        )
+        from privtune_flwr.privacy.privtune.statement import privtune_guarantee
+
+        said = {name: str(self.spec.params[name]) for name in _CHOICES}
+        return privtune_guarantee(self.eta, self._scale_V, **said)
 
     def _perturb(
         self, hidden_TD: NDArray[np.float64], ids_T: NDArray[np.int64], rng: np.random.Generator
@@ -179,46 +240,31 @@ class PrivTune(Mechanism):
                 f"{self.name}.vocabulary = {vocabulary}: a token id lies outside it"
             )
         noise_TD = sample_dchi(rng, len(hidden_TD), dimension, self.eta)
-        scale_T1 = self._scale_V[ids_T].astype(np.float64)[:, None]
-        return hidden_TD + self._shift_VD[ids_T].astype(np.float64) + scale_T1 * noise_TD
+        noise_TD *= self._scale_V[ids_T].astype(np.float64)[:, None]
+        noise_TD += hidden_TD
+        noise_TD += self._mean(hidden_TD, ids_T)
+        return noise_TD
+
+    def _mean(
+        self, hidden_TD: NDArray[np.float64], ids_T: NDArray[np.int64]
+    ) -> NDArray[np.floating[Any]]:
+        """Give p* of each row, (T, d)."""
+        return self._shift_VD[ids_T]
 
 
-def _tables(config: PrivacyConfig, public: PublicKnowledge) -> dict[str, NDArray[np.generic]]:
-    from privtune_flwr.privacy.privtune.graph import symmetric_graph
-    from privtune_flwr.privacy.privtune.importance import importance, noise_scale
-    from privtune_flwr.privacy.privtune.targets import target_points
-
-    bank_VD = public.bank
-    text = public.text_ids  # special tokens are no nodes: nothing should come to resemble them
-    _, indices = public.nearest(config.neighbours)
-    bank_ND = np.ascontiguousarray(bank_VD[text])
-    points_ND = target_points(
-        bank_ND,
-        symmetric_graph(indices),
-        hops=config.hops,
-        targets=config.targets,
-        unit=public.unit,
-    )
-    shift_VD = np.zeros(bank_VD.shape, dtype=np.float16)
-    shift_VD[text] = config.shift * (points_ND - bank_ND)
-    if not np.isfinite(shift_VD).all():
-        raise MechanismError(f"{PrivTune.name}: a shift does not fit float16")
-    special = np.setdiff1d(np.arange(len(bank_VD)), text)
-    scores_V = importance(public.sequences, bank_VD)
-    scale_V = noise_scale(scores_V, special, floor=config.importance_floor)
-    return {"shift": shift_VD, "scale": scale_V}
+def _read_program(reader: ParamReader) -> dict[str, Any]:
+    values: dict[str, Any] = {name: reader.real(name, *bounds) for name, bounds in _PROGRAM.items()}
+    return {**values, "steps": reader.integer("steps", 1, 200)}
 
 
-def _read_tables(
-    artefact: Path | None, shape: tuple[int, int]
-) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+def _read_tables(artefact: Path | None, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if artefact is None or not (artefact / TENSORS).is_file():
         raise MechanismError(f"{PrivTune.name}: needs its artefact, a folder with {TENSORS}")
     try:
-        tables = load_file(artefact / TENSORS)
+        tables: dict[str, NDArray[Any]] = load_file(artefact / TENSORS)
     except (SafetensorError, OSError, ValueError) as error:
         raise MechanismError(f"{PrivTune.name}: unreadable {TENSORS}: {error}") from None
     for name, kind, wanted in (("shift", np.float16, shape), ("scale", np.float32, shape[:1])):
@@ -227,4 +273,4 @@ def _read_tables(
             raise MechanismError(
                 f"{PrivTune.name}: artefact tensor {name!r} must be {np.dtype(kind)} {wanted}"
             )
-    return tables["shift"], tables["scale"]
+    return tables

@@ -6,7 +6,7 @@ unit; the mean of the noise is ``p*_v = alpha (t_v - b_v)``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,82 @@ from privtune_flwr.privacy.privtune.graph import hop_sets
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-_BLOCK = 1024
+_BLOCK = 512
+
+
+class Members(NamedTuple):
+    """The nearest members of one hop set of every node.
+
+    Attributes
+    ----------
+    ids : int64 array, shape (N, Q)
+        Nodes, nearest first; -1 where the set has fewer.
+    distances : float32 array, shape (N, Q)
+        Their distances; infinite where there is none.
+    """
+
+    ids: NDArray[np.int64]
+    distances: NDArray[np.float32]
+
+
+def hop_members(
+    bank_ND: NDArray[np.float32], graph: csr_array, *, hops: int, count: int
+) -> list[Members]:
+    """Find the nearest members of the exact hop sets of all nodes.
+
+    Parameters
+    ----------
+    bank_ND : float32 array, shape (N, d)
+        ``b_v``.
+    graph : csr_array of bool, shape (N, N)
+        From :func:`privtune_flwr.privacy.privtune.graph.symmetric_graph`.
+    hops, count : int
+        n and Q.
+
+    Returns
+    -------
+    list of Members
+        For N_1 to N_n.
+    """
+    nodes = len(bank_ND)
+    found = [
+        Members(np.full((nodes, count), -1), np.full((nodes, count), np.inf, np.float32))
+        for _ in range(hops)
+    ]
+    square_N = np.einsum("nd,nd->n", bank_ND, bank_ND, dtype=np.float64).astype(np.float32)
+    for start in range(0, nodes, _BLOCK):
+        stop = min(start + _BLOCK, nodes)
+        gram_BN = bank_ND[start:stop] @ bank_ND.T
+        for into, members in zip(found, hop_sets(graph, start, stop, hops), strict=True):
+            row_M = np.repeat(np.arange(stop - start), np.diff(members.indptr))
+            square_M = square_N[start + row_M] + square_N[members.indices]
+            square_M -= 2 * gram_BN[row_M, members.indices]
+            for row in np.flatnonzero(np.diff(members.indptr)):
+                first, last = members.indptr[row], members.indptr[row + 1]
+                best = _smallest(square_M[first:last], count)
+                into.ids[start + row, : len(best)] = members.indices[first:last][best]
+                distances = np.sqrt(np.maximum(square_M[first:last][best], 0))
+                into.distances[start + row, : len(best)] = distances
+    return found
+
+
+def _smallest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Places of the smallest values, in order; ties go to the earlier place, that is lower id."""
+    if len(values) > count:
+        bound = np.partition(values, count - 1)[count - 1]
+        kept = np.flatnonzero(values <= bound)
+    else:
+        kept = np.arange(len(values))
+    return kept[np.argsort(values[kept], kind="stable")][:count]
+
+
+def farthest_set(found: list[Members]) -> Members:
+    """Give N_n, or for nodes where it is empty the farthest hop set that is not."""
+    ids, distances = found[-1].ids.copy(), found[-1].distances.copy()
+    for nearer in reversed(found[:-1]):
+        empty = ids[:, 0] < 0
+        ids[empty], distances[empty] = nearer.ids[empty], nearer.distances[empty]
+    return Members(ids, distances)
 
 
 def target_points(
@@ -43,31 +118,21 @@ def target_points(
     float32 array, shape (N, d)
         ``t_v``.
     """
-    points = bank_ND.astype(np.float32, copy=True)
-    square_N = np.einsum("nd,nd->n", bank_ND, bank_ND, dtype=np.float64).astype(np.float32)
-    for start in range(0, len(bank_ND), _BLOCK):
-        stop = min(start + _BLOCK, len(bank_ND))
-        gram_BN = bank_ND[start:stop] @ bank_ND.T
-        open_B = np.ones(stop - start, dtype=bool)
-        for members in reversed(hop_sets(graph, start, stop, hops)):
-            row_M = np.repeat(np.arange(stop - start), np.diff(members.indptr))
-            square_M = square_N[start + row_M] + square_N[members.indices]
-            square_M -= 2 * gram_BN[row_M, members.indices]
-            distance_M = np.sqrt(np.maximum(square_M, 0))
-            # By row, then distance, then node: ties are broken the same way everywhere.
-            order_M = np.lexsort((members.indices, distance_M, row_M))
-            for row in np.flatnonzero(open_B & (np.diff(members.indptr) > 0)):
-                first = members.indptr[row]
-                best = order_M[first : min(first + targets, members.indptr[row + 1])]
-                weights = _softmin(distance_M[best], unit)
-                points[start + row] = weights @ bank_ND[members.indices[best]]
-                open_B[row] = False
-            if not open_B.any():
-                break
+    members = farthest_set(hop_members(bank_ND, graph, hops=hops, count=targets))
+    return mixed_points(bank_ND, members, targets=targets, unit=unit)
+
+
+def mixed_points(
+    bank_ND: NDArray[np.float32], members: Members, *, targets: int, unit: float
+) -> NDArray[np.float32]:
+    """Mix the ``targets`` nearest members of each node; its own point where it has none."""
+    ids_NQ, distances_NQ = members.ids[:, :targets], members.distances[:, :targets]
+    points = np.array(bank_ND, dtype=np.float32)
+    known = ids_NQ[:, 0] >= 0
+    nearest_N1 = distances_NQ[known, :1]
+    weights_NQ = np.exp(-(distances_NQ[known] - nearest_N1) / unit)  # zero where there is none
+    weights_NQ /= weights_NQ.sum(axis=1, keepdims=True)
+    points[known] = sum(  # one member at a time: (N, Q, d) would be large
+        weights_NQ[:, [q]] * bank_ND[ids_NQ[known, q]] for q in range(ids_NQ.shape[1])
+    )
     return points
-
-
-def _softmin(distance: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
-    weights = np.exp(-(distance - distance.min()) / temperature)
-    share: NDArray[np.float32] = (weights / weights.sum()).astype(np.float32)
-    return share
