@@ -1,0 +1,1 @@
+"""The mechanism ``bottleneck``: recipe, network, learner, release."""

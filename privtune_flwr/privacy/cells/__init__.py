@@ -1,0 +1,1 @@
+"""The mechanisms ``cells`` and ``cells-labels``: codebook, learner, release."""
