@@ -8,9 +8,6 @@ messages but caches keyed by content.
 from __future__ import annotations
 
 import time
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +17,29 @@ from flwr.clientapp import ClientApp
 from privtune_flwr.bundle import BundleError, Manifest
 from privtune_flwr.config import load_run_config
 from privtune_flwr.data import tokenise
-from privtune_flwr.device import DeviceHome, Holdings, open_holdings
-from privtune_flwr.errors import Refusal
-from privtune_flwr.models import BottomModel, load_tokenizer
+from privtune_flwr.device import DeviceHome, Holdings, held_bottom, open_holdings
+from privtune_flwr.errors import GuardError, Refusal
+from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.mods import artefact_path, device_home, egress_guard, privacy_mod
 from privtune_flwr.privacy.registry import create_mechanism, mechanism_class
+from privtune_flwr.privacy.update_mod import data_record, raw_record, received_state
 from privtune_flwr.protocol import (
     CLEAN,
     DEVICE_ONLY,
     LABELS,
+    LEARN_HEADER,
     METRICS,
     RELEASE_HEADER,
     SCHEMA_VERSION,
     DescribeRequest,
     EvaluateRequest,
+    LearnRequest,
     ProvisionRequest,
     ReleaseRequest,
 )
 from privtune_flwr.protocol.replies import DEVICE
 from privtune_flwr.protocol.requests import INQUIRY, PAYLOAD
+from privtune_flwr.protocol.updates import LEARNER_METRICS, update_header
 
 MAX_LOGIT = 20.0
 
@@ -52,6 +53,8 @@ def describe(message: Message, context: Context) -> Message:
     home = device_home(context, request.run_id)
     _check_terms(request, home)
     home.policy.check_releases(request.epochs)
+    if request.learning_rounds:
+        home.policy.check_learning(request.learning_rounds, request.clip, request.noise)
     holdings = _holdings(context, home)
     record = ConfigRecord(
         {
@@ -92,6 +95,52 @@ def provision(message: Message, context: Context) -> Message:
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
+@app.train("learn")
+def learn(message: Message, context: Context) -> Message:
+    """Learn from all training text; the privacy mod clips and noises what came of it."""
+    request = LearnRequest.from_content(message.content)
+    home = device_home(context, request.run_id)
+    _check_terms(request, home)
+    request.check()
+    home.policy.check_learning(request.rounds, request.clip, request.noise)
+    state = received_state(message.content, home)
+    kind = mechanism_class(request.spec.name)
+    if not kind.learned:
+        raise Refusal(f"request.mechanism: {kind.name!r} has nothing to learn")
+    holdings = _holdings(context, home)
+    texts, labels = holdings.train.texts, holdings.train.labels
+    if not texts or request.num_labels != len(holdings.label_names):
+        raise Refusal(
+            f"request.num_labels = {request.num_labels}: this device has {len(texts)} training "
+            f"examples of {len(holdings.label_names)} classes"
+        )
+    bottom, tokenizer = held_bottom(home, request.bottom_id)
+    artefact = artefact_path(home, request.spec.artefact)
+    learner = kind.learner(request.spec, artefact, bottom, request.num_labels)
+    # the device's own choice of order and drop-out, the same in a retry
+    rng = keyed_generator(home.derive("order"), "learning", request.learn_key, request.round)
+    start = time.perf_counter()
+    update = learner.update(
+        state,
+        tokenise(tokenizer, texts, request.max_length),
+        labels,
+        round_number=request.round,
+        seed=int.from_bytes(rng.bytes(32), "little"),  # noise may hang on it: not to be guessed
+    )
+    if update.examples != len(texts):
+        raise GuardError("update: must be weighted by the number of training examples")
+    metrics = {k: round(float(v), 2) for k, v in update.metrics.items() if k in LEARNER_METRICS}
+    content = RecordDict(
+        {
+            CLEAN: raw_record(update.change),
+            DEVICE_ONLY: ArrayRecord(data_record(home, texts, labels)),
+            LEARN_HEADER: update_header(request, home.device_id, len(texts)),
+            METRICS: MetricRecord({**metrics, "seconds_learn": time.perf_counter() - start}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
 @app.train("release")
 def release(message: Message, context: Context) -> Message:
     """Compute one chunk's representations; the privacy mod turns them into smashed data."""
@@ -101,10 +150,8 @@ def release(message: Message, context: Context) -> Message:
     if request.split not in ("train", "eval"):
         raise Refusal(f"request.split = {request.split!r}: allowed: train, eval")
     chunk = _holdings(context, home).chunk(request.split, request.chunk, request.chunk_size)
-    if not home.bundles.holds(request.bottom_id):
-        raise Refusal("request.bottom_id: this bottom model has not been provisioned")
+    bottom, tokenizer = held_bottom(home, request.bottom_id)
     start = time.perf_counter()
-    bottom, tokenizer = _bottom(home.bundles.path(request.bottom_id))
     ids = tokenise(tokenizer, chunk.texts, request.max_length)
     hidden = bottom.encode(ids)
     seconds = time.perf_counter() - start
@@ -129,7 +176,7 @@ def release(message: Message, context: Context) -> Message:
                     "chunk": request.chunk,
                     "epoch": request.epoch,
                     "examples": len(chunk.texts),
-                    "hidden": bottom.hidden_size,
+                    "hidden": bottom.hidden_size,  # the mod puts the released width here
                     "mechanism": request.spec.id,
                     "wire": request.wire,
                 }
@@ -172,24 +219,20 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
-def _check_terms(request: DescribeRequest | ReleaseRequest, home: DeviceHome) -> None:
+def _check_terms(
+    request: DescribeRequest | LearnRequest | ReleaseRequest, home: DeviceHome
+) -> None:
     """Hold the run's terms against the policy. The privacy mod checks the strength once more."""
     home.policy.check_bottom(request.bottom_id)
     home.policy.check_labels(request.labels)
     spec = request.spec
     if spec.artefact and not home.bundles.holds(spec.artefact):
         # how strong an artefact makes it is known once it is here; until then the bound counts
-        home.policy.check_mechanism(spec.name, mechanism_class(spec.name).declared_eta(spec))
+        home.policy.check_mechanism(spec.name, mechanism_class(spec.name).declared(spec))
     else:
         mechanism = create_mechanism(spec, artefact_path(home, spec.artefact))
-        home.policy.check_mechanism(mechanism.name, mechanism.eta_max)
+        home.policy.check_mechanism(mechanism.name, mechanism.strength)
 
 
 def _holdings(context: Context, home: DeviceHome) -> Holdings:
     return open_holdings(load_run_config(context.run_config), context.node_config, home)
-
-
-@lru_cache(maxsize=1)
-def _bottom(folder: Path) -> tuple[BottomModel, Any]:
-    # a cache only: the folder's name is the hash of its content
-    return BottomModel.load(folder), load_tokenizer(folder)

@@ -35,6 +35,11 @@ class Traffic:
         account["down"] += down
         account["messages"] += messages
 
+    def include(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
+        """Add what an earlier start of the run counted."""
+        for name, account in accounts.items():
+            self.add(name, **account)
+
 
 class Exchange:
     """One group of messages on its way at a time, at most one a node.

@@ -132,7 +132,7 @@ def describe(
 
 def provision(
     fleet: Fleet,
-    held: dict[str, set[str]],
+    held: Mapping[str, set[str]],
     bundle: tuple[Manifest, Path],
     run_id: str,
     exchange: Exchange,
@@ -143,7 +143,7 @@ def provision(
     they hold it by now, and the bundle has crossed once.
     """
     manifest, folder = bundle
-    lacking = [d for d in fleet.nodes if manifest.id not in held[d]]
+    lacking = [d for d in fleet.nodes if manifest.id not in held.get(d, ())]
     if not lacking:
         return
     size = manifest.total_bytes / 2**20

@@ -16,7 +16,7 @@ from strategies.exchange import failure
 from strategies.fleet import Fleet
 
 # metrics of which the largest counts; the others are summed over devices
-_LARGEST = ("spent", "eta_max", "peak")
+_LARGEST = ("spent", "eta_max", "epsilon_max", "bits_max", "peak")
 
 
 def terms_of(cloud: CloudSide, run_id: str) -> dict[str, Any]:
@@ -56,6 +56,8 @@ class Intake:
         self._run_id = run_id
         self._num_labels = num_labels
         self._asked: dict[int, Ask] = {}
+        #: device to what its ledger says it has spent, as of its last reply
+        self.spent: dict[str, dict[str, float]] = {}
 
     def requests(self, asks: Iterable[Ask]) -> list[Message]:
         """Build messages for chunks that are not in the store yet, of devices still in the run."""
@@ -100,6 +102,11 @@ class Intake:
             totals["devices"] += 1
             totals["examples_new"] += ask.examples
             _add(totals, chunk.metrics)
+            self.spent[ask.device] = {
+                name.removeprefix("spent_"): value
+                for name, value in chunk.metrics.items()
+                if name.startswith("spent_")
+            }
         self._asked = {}
         return totals
 
@@ -111,7 +118,7 @@ class Intake:
             self._request(ask),
             device_id=ask.device,
             examples=ask.examples,
-            hidden=self._cloud.bottom.hidden_size,
+            hidden=self._cloud.width,
             num_labels=self._num_labels,
         )
 

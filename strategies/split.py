@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from privtune_flwr.cloud import TEST_DEVICE, CloudSide
 from privtune_flwr.config import RunConfig
 from privtune_flwr.errors import InvalidReplyError, RunError
+from privtune_flwr.learned import adopt_learned
 from privtune_flwr.models import CutModel
 from privtune_flwr.protocol import (
     DescribeRequest,
@@ -34,6 +35,7 @@ from privtune_flwr.training.trainer import TopModelTrainer, accuracy_and_loss
 from strategies.exchange import Exchange, Traffic, failure
 from strategies.fleet import Fleet, describe, provision, wait_for_nodes
 from strategies.intake import Intake, terms_of
+from strategies.learning import learn_first, learning_terms
 
 logger = logging.getLogger("privtune.cloud")
 
@@ -57,13 +59,8 @@ class SplitTuning(Strategy):
         self.folder = folder
         self.fleet = Fleet()
         self.progress = checkpoint.Progress()
-        self.store = SmashedStore(
-            folder.store,
-            hidden=cloud.bottom.hidden_size,
-            dtype=cloud.store_dtype,
-            decoder=cloud.decoder(),
-        )
-        # set in start(), once the devices have said which classes there are
+        # set in start(), once the mechanism is learned and the devices have said their classes
+        self.store: SmashedStore
         self.model: CutModel
         self.trainer: TopModelTrainer
         self.plan: Plan
@@ -183,12 +180,20 @@ class SplitTuning(Strategy):
         self._exchange = Exchange(
             grid, timeout=timeout or self.config.train.timeout, traffic=Traffic({})
         )
+        adopt_learned(self.cloud, self.folder.path)
         self._gather(grid)
+        # a checkpoint, where there is one, holds these already and replaces them
+        self.progress.rounds, self.progress.seconds = learn_first(
+            self.cloud, self.folder, self.fleet, self._exchange
+        )
+        self._check_usable()
+        self.store = self.cloud.open_store(self.folder.store)
         self._restore()
         self.summary()
         self._intake = Intake(
             self.cloud, self.store, self.fleet, self.folder.run_id, len(self.model.spec.labels)
         )
+        self._intake.spent = self.progress.spent
         self.test_examples = self._test_examples()
         before = self.progress.seconds
         if self.progress.round < 0:
@@ -212,10 +217,14 @@ class SplitTuning(Strategy):
         request = DescribeRequest(
             **terms_of(self.cloud, self.folder.run_id),
             bundles=",".join(manifest.id for manifest, _ in self.cloud.bundles),
+            **learning_terms(self.cloud),
         )
         self.fleet, held = describe(nodes, request, self._exchange)
         for bundle in self.cloud.bundles:
             provision(self.fleet, held, bundle, self.folder.run_id, self._exchange)
+        self._check_usable()
+
+    def _check_usable(self) -> None:
         if not any(self.fleet.train.get(d) for d in self.fleet.nodes):
             raise RunError(f"no usable device: {self._why_none()}")
 
@@ -239,7 +248,11 @@ class SplitTuning(Strategy):
             }
             self.folder.write_json("devices.json", counts)
         self.plan = make_plan(counts["train"], counts["evaluation"], self.config)
-        self.model, self.trainer = self.cloud.build_top(counts["labels"])
+        self.model, self.trainer = self.cloud.build_top(
+            counts["labels"], fresh=not self.folder.checkpoint.exists()
+        )
+        if self.cloud.adaptation:
+            self.folder.write_json("adaptation.json", self.cloud.adaptation)
         restored = checkpoint.load(self.folder.checkpoint, self.trainer)
         if restored is not None:
             self.progress = restored

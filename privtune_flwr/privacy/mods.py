@@ -24,25 +24,28 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from privtune_flwr.codec import get_codec
 from privtune_flwr.config import ConfigError, load_run_config
-from privtune_flwr.device import DeviceHome, open_home
+from privtune_flwr.device import DeviceHome, held_bottom, open_home
 from privtune_flwr.errors import GuardError, InvalidReplyError, PrivTuneError, Refusal
 from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.privacy.base import Mechanism
 from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.policy import PolicyError
 from privtune_flwr.privacy.registry import create_mechanism
+from privtune_flwr.privacy.update_mod import check_marked_update, privatise_reply
 from privtune_flwr.protocol import (
     CLEAN,
     DESCRIBE,
     DEVICE_ONLY,
     EVALUATE,
     LABELS,
+    LEARN,
     METRICS,
     PROVISION,
     RELEASE,
     RELEASE_HEADER,
     SMASHED,
     DescribeRequest,
+    LearnRequest,
     ReleaseRequest,
     check_release,
     read_description,
@@ -117,54 +120,73 @@ class _Clean:
 
 
 def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Perturb what a release handler computed; let every other action pass.
+    """Perturb what a release handler computed and privatise what a learn handler did.
+
+    Every other action passes.
 
     The mechanism and its parameters come with the request and are held against the device's
     policy and ledger here, before anything is perturbed.
     """
     reply = call_next(message, context)
-    if message.metadata.message_type != RELEASE or reply.has_error():
-        return reply
+    action = message.metadata.message_type
+    if action == LEARN and not reply.has_error():
+        home = device_home(context, LearnRequest.from_content(message.content).run_id)
+        privatise_reply(message.content, reply.content, home)
+    if action == RELEASE and not reply.has_error():
+        _perturb_release(message, context, reply)
+    return reply
+
+
+def _perturb_release(message: Message, context: Context, reply: Message) -> None:
     request = ReleaseRequest.from_content(message.content)
     home = device_home(context, request.run_id)
     clean = _take_clean(reply.content)
     mechanism = create_mechanism(request.spec, artefact_path(home, request.spec.artefact))
-    home.policy.check_mechanism(mechanism.name, mechanism.eta_max)
+    if mechanism.reads == "tokens":
+        mechanism.attach(held_bottom(home, request.bottom_id)[0])
+    strength = mechanism.strength
+    home.policy.check_mechanism(mechanism.name, strength)
     new = home.ledger.reserve(
         clean.examples,
         clean.lengths_B.tolist(),
         release=request.release_key,
-        mechanism=mechanism.name,
-        eta=mechanism.eta_max,
+        mechanism=mechanism,
         policy=home.policy,
     )
     start = time.perf_counter()
     rows_ND = perturb(clean.hidden_ND, clean.lengths_B, clean.token_ids_N, mechanism, home, request)
     seconds = time.perf_counter() - start
-    norms_N = np.linalg.norm(rows_ND - clean.hidden_ND, axis=1)
+    norms_N = _noise_norms(rows_ND, clean.hidden_ND)
     start = time.perf_counter()
     arrays = get_codec(request.wire).encode(rows_ND, clean.lengths_B)
     arrays["lengths"] = clean.lengths_B
     reply.content[SMASHED] = ArrayRecord({k: Array(v) for k, v in arrays.items()})
+    reply.content.config_records[RELEASE_HEADER]["hidden"] = rows_ND.shape[1]
     reply.content.config_records[RELEASE_HEADER][MARK] = mark_of(home, request, arrays)
     spent = home.ledger.spent()
-    reply.content.metric_records[METRICS].update(
-        {
-            "seconds_mechanism": seconds,
-            "seconds_codec": time.perf_counter() - start,
-            "noise_norm_sum": float(norms_N.sum(dtype=np.float64)),
-            "tokens": int(clean.lengths_B.sum(dtype=np.int64)),
-            "new_releases": new,
-            "spent_releases": spent.releases,
-            "spent_max_per_example": spent.max_releases_per_example,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-    )
-    if mechanism.eta_max is not None:
-        reply.content.metric_records[METRICS]["eta_max"] = mechanism.eta_max
-    if spent.eta_sum_max is not None:
-        reply.content.metric_records[METRICS]["spent_eta_sum_max"] = spent.eta_sum_max
-    return reply
+    metrics = {
+        "seconds_mechanism": seconds,
+        "seconds_codec": time.perf_counter() - start,
+        "noise_norm_sum": float(norms_N.sum(dtype=np.float64)),
+        "tokens": int(clean.lengths_B.sum(dtype=np.int64)),
+        "new_releases": new,
+        "spent_releases": spent.releases,
+        "spent_max_per_example": spent.max_releases_per_example,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    # a number that is not there says: nothing bounds it
+    optional = {
+        "eta_max": strength.eta,
+        "epsilon_max": strength.epsilon,
+        "bits_max": strength.bits,
+        "spent_eta_sum_max": spent.eta_sum_max,
+        "spent_eta_total_max": spent.largest.eta,
+        "spent_epsilon_total_max": spent.largest.epsilon,
+        "spent_delta_total_max": spent.largest.delta,
+        "spent_bits_total_max": spent.largest.bits,
+    }
+    metrics |= {name: value for name, value in optional.items() if value is not None}
+    reply.content.metric_records[METRICS].update(metrics)
 
 
 def _take_clean(content: RecordDict) -> _Clean:
@@ -178,6 +200,15 @@ def _take_clean(content: RecordDict) -> _Clean:
         token_ids_N=private["token-ids"].numpy(),
         examples=[row.tobytes() for row in keys],
     )
+
+
+def _noise_norms(
+    rows_ND: npt.NDArray[np.float32], hidden_ND: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Distance of each released row from the clean one; zero where they cannot be compared."""
+    if rows_ND.shape != hidden_ND.shape:
+        return np.zeros(len(rows_ND), dtype=np.float32)
+    return np.asarray(np.linalg.norm(rows_ND - hidden_ND, axis=1))
 
 
 def perturb(
@@ -241,7 +272,10 @@ def _error(message: Message, code: int, reason: str) -> Message:
 def _checked(message: Message, context: Context, reply: Message) -> Message:
     action = message.metadata.message_type
     content = reply.content
-    if action == RELEASE:
+    if action == LEARN:
+        home = device_home(context, LearnRequest.from_content(message.content).run_id)
+        check_marked_update(message.content, content, home)
+    elif action == RELEASE:
         _check_marked_release(message, context, content)
     elif action == DESCRIBE:
         _check_description(message, context, content)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,23 @@ from pydantic import Field
 
 from privtune_flwr.config import ConfigError, Section, validate_section
 from privtune_flwr.errors import Refusal
+from privtune_flwr.privacy.accounting import CURRENCIES, Charge, Currency
+from privtune_flwr.privacy.base import Strength
 from privtune_flwr.privacy.registry import mechanism_names
 
 # node-config keys that carry a bound directly, without a policy file
 NODE_CONFIG_PREFIX = "policy-"
+# rounding in a sum of many charges must not refuse what the owner meant to allow
+_ROUNDING = 1e-9
 
 
 class DevicePolicy(Section):
     """What a device lets out at most.
 
-    The defaults are those of a real device: some mechanism, no labels, each example once.
+    The defaults are those of a real device: some mechanism, no labels, each example once, no
+    learning. ``max-*`` bound one release, ``budget-*`` one example over its tokens and all its
+    releases. A bound holds for every mechanism that declares its currency; a mechanism that
+    declares none of the currencies that the owner bounded is refused.
     """
 
     mechanisms: tuple[str, ...] = Field(
@@ -33,8 +40,19 @@ class DevicePolicy(Section):
         description="mechanisms a run may use",
     )
     max_eta: float = Field(math.inf, gt=0, description="largest effective eta (per L2 distance)")
+    max_epsilon: float = Field(math.inf, gt=0, description="largest epsilon a token or sentence")
+    max_delta: float = Field(
+        1e-4, ge=0, lt=1, description="an epsilon with a larger delta counts as none"
+    )
+    max_bits: float = Field(math.inf, gt=0, description="most bits that a token's row may carry")
+    budget_eta: float = Field(math.inf, gt=0, description="largest sum of eta an example")
+    budget_epsilon: float = Field(math.inf, gt=0, description="largest sum of epsilon an example")
+    budget_bits: float = Field(math.inf, gt=0, description="most bits an example")
     share_labels: bool = Field(False, description="may labels leave")
     releases_per_example: int = Field(1, ge=0, description="0 = no bound")
+    learning_rounds: int = Field(0, ge=0, description="learned updates that ever leave; 0 = none")
+    min_learning_noise: float = Field(0.0, ge=0, description="least noise, in units of the clip")
+    max_update_norm: float = Field(math.inf, gt=0, description="largest clip of an update")
     bottom_models: tuple[str, ...] = Field((), description="allowed bundle ids; empty = any")
     max_bundle_bytes: int = Field(4 * 2**30, gt=0, description="largest bundle accepted")
     min_metric_examples: int = Field(5, ge=1, description="fewest examples a metric may cover")
@@ -43,23 +61,122 @@ class DevicePolicy(Section):
         """Say the bounds to the cloud, without the list of bottom models."""
         return self.model_dump_json(by_alias=True, exclude={"bottom_models"})
 
-    def check_mechanism(self, name: str, eta_max: float | None) -> None:
+    def bound(self, currency: Currency) -> float:
+        """Give the bound on one release."""
+        found = {"eta": self.max_eta, "epsilon": self.max_epsilon, "bits": self.max_bits}
+        return found[currency]
+
+    def budget(self, currency: Currency) -> float:
+        """Give the bound on one example's sum."""
+        found = {"eta": self.budget_eta, "epsilon": self.budget_epsilon, "bits": self.budget_bits}
+        return found[currency]
+
+    def _set(self) -> dict[Currency, tuple[str, float]]:
+        """List the currencies in which the owner set a bound, with its name and value."""
+        found: dict[Currency, tuple[str, float]] = {}
+        for currency in CURRENCIES:
+            if math.isfinite(self.bound(currency)):
+                found[currency] = f"max-{currency}", self.bound(currency)
+            elif math.isfinite(self.budget(currency)):
+                found[currency] = f"budget-{currency}", self.budget(currency)
+        return found
+
+    def check_mechanism(self, name: str, strength: Strength) -> None:
         """Refuse a mechanism or strength beyond the bounds.
 
         Raises
         ------
         Refusal
-            Naming ``mechanisms`` or ``max-eta``.
+            Naming ``mechanisms``, ``max-eta``, ``max-epsilon`` or ``max-bits``.
         """
         if name not in self.mechanisms:
             raise Refusal(
                 f"policy.mechanisms: {name!r} is not allowed here; "
                 f"allowed: {', '.join(self.mechanisms) or 'none at all'}"
             )
-        eta = math.inf if eta_max is None else eta_max
-        # written so that a strength that is not a number is refused
-        if not eta <= self.max_eta:
-            raise Refusal(f"policy.max-eta: the run needs {eta:.6g}, allowed: {self.max_eta:.6g}")
+        means_something = strength.delta <= self.max_delta
+        declared = {
+            "eta": strength.eta,
+            "epsilon": strength.epsilon if means_something else None,
+            "bits": strength.bits,
+        }
+        bounds = self._set()
+        if bounds and all(declared[currency] is None for currency in bounds):
+            names = ", ".join(key for key, _ in bounds.values())
+            allowed = ", ".join(f"{value:.6g}" for _, value in bounds.values())
+            raise Refusal(f"policy.{names}: the run needs inf, allowed: {allowed}")
+        for currency in CURRENCIES:
+            value = declared[currency]
+            # written so that a strength that is not a number is refused
+            if value is not None and not value <= self.bound(currency):
+                raise Refusal(
+                    f"policy.max-{currency}: the run needs {value:.6g}, "
+                    f"allowed: {self.bound(currency):.6g}"
+                )
+
+    def check_budget(self, charges: Sequence[Charge]) -> None:
+        """Refuse a release with which one example's charges would pass a budget.
+
+        Parameters
+        ----------
+        charges : sequence of Charge
+            One for each of its releases, the new one included.
+
+        Raises
+        ------
+        Refusal
+            Naming ``budget-eta``, ``budget-epsilon`` or ``budget-bits``.
+        """
+        finite = [c for c in CURRENCIES if math.isfinite(self.budget(c))]
+        bounded = list(self._set())
+        for currency in finite:
+            spent = 0.0
+            for charge in charges:
+                value = charge.of(currency)
+                if value is not None:
+                    spent += value
+                elif all(charge.of(other) is None for other in bounded):
+                    # an earlier release, under another policy, that nothing bounds
+                    spent = math.inf
+            if not spent <= self.budget(currency) * (1 + _ROUNDING):
+                raise Refusal(
+                    f"policy.budget-{currency}: the run needs {spent:.6g} of an example, "
+                    f"allowed: {self.budget(currency):.6g}"
+                )
+
+    def check_learning(self, rounds: int, clip: float, noise: float) -> None:
+        """Refuse a learning phase beyond the bounds.
+
+        Parameters
+        ----------
+        rounds : int
+            Updates that would have left in the end.
+        clip : float
+            Largest norm of an update; 0 = no bound.
+        noise : float
+            Standard deviation of the device's noise, in units of ``clip``.
+
+        Raises
+        ------
+        Refusal
+            Naming ``learning-rounds``, ``max-update-norm`` or ``min-learning-noise``.
+        """
+        if not rounds <= self.learning_rounds:
+            raise Refusal(
+                f"policy.learning-rounds: the run needs {rounds}, allowed: {self.learning_rounds}"
+            )
+        norm = clip if clip > 0 else math.inf
+        if not norm <= self.max_update_norm:
+            raise Refusal(
+                f"policy.max-update-norm: the run needs {norm:.6g}, "
+                f"allowed: {self.max_update_norm:.6g}"
+            )
+        added = noise if clip > 0 else 0.0
+        if not added >= self.min_learning_noise:
+            raise Refusal(
+                f"policy.min-learning-noise: the run has {added:.6g}, "
+                f"at least: {self.min_learning_noise:.6g}"
+            )
 
     def check_labels(self, wanted: bool) -> None:
         """Refuse a run whose labels would leave against the owner's word."""
@@ -87,6 +204,7 @@ SIMULATION_POLICY = {
     "mechanisms": ["*"],
     "share-labels": True,
     "releases-per-example": 0,
+    "learning-rounds": 10**9,
     "min-metric-examples": 1,
 }
 

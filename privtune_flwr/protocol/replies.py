@@ -62,6 +62,12 @@ RELEASE_METRICS = (
     "spent_releases",
     "spent_max_per_example",
     "spent_eta_sum_max",
+    "spent_eta_total_max",
+    "spent_epsilon_total_max",
+    "spent_delta_total_max",
+    "spent_bits_total_max",
+    "epsilon_max",
+    "bits_max",
     "peak_memory_bytes",
 )
 EVALUATE_METRICS = ("examples", "correct", "loss_sum")
@@ -89,18 +95,20 @@ class ReceivedChunk:
     metrics: dict[str, float]
 
 
-def _require(condition: bool, reason: str) -> None:
+def require(condition: bool, reason: str) -> None:
+    """Raise :class:`InvalidReplyError` with ``reason`` unless the condition holds."""
     if not condition:
         raise InvalidReplyError(reason)
 
 
-def _check_header(record: dict[str, Any], types: dict[str, type], name: str) -> None:
-    _require(set(record) == set(types), f"{name}: keys are not those of the schema")
+def check_header(record: dict[str, Any], types: dict[str, type], name: str) -> None:
+    """Check that a header has exactly the schema's keys, types and version."""
+    require(set(record) == set(types), f"{name}: keys are not those of the schema")
     for key, kind in types.items():
-        _require(type(record[key]) is kind, f"{name}.{key}: wrong type")
+        require(type(record[key]) is kind, f"{name}.{key}: wrong type")
         if kind is str:
-            _require(len(record[key]) <= 4096, f"{name}.{key}: too long")
-    _require(record["schema"] == SCHEMA_VERSION, f"{name}.schema: wrong version")
+            require(len(record[key]) <= 4096, f"{name}.{key}: too long")
+    require(record["schema"] == SCHEMA_VERSION, f"{name}.schema: wrong version")
 
 
 def read_metrics(content: RecordDict, allowed: Collection[str]) -> dict[str, float]:
@@ -112,14 +120,14 @@ def read_metrics(content: RecordDict, allowed: Collection[str]) -> dict[str, flo
         Otherwise, or if the record is missing.
     """
     record = content.metric_records.get(METRICS)
-    _require(record is not None, "metrics: missing")
+    require(record is not None, "metrics: missing")
     assert record is not None
-    _require(set(record) <= set(allowed), "metrics: a name is not in the schema")
+    require(set(record) <= set(allowed), "metrics: a name is not in the schema")
     values: dict[str, float] = {}
     for key, value in record.items():
-        _require(isinstance(value, int | float), f"metrics.{key}: not a number")
+        require(isinstance(value, int | float), f"metrics.{key}: not a number")
         assert isinstance(value, int | float)
-        _require(math.isfinite(value), f"metrics.{key}: not finite")
+        require(math.isfinite(value), f"metrics.{key}: not finite")
         values[key] = float(value)
     return values
 
@@ -132,12 +140,12 @@ def read_evaluation(content: RecordDict, examples: int) -> dict[str, float]:
     InvalidReplyError
         If a sum is missing or cannot be true.
     """
-    _require(set(content) == {METRICS}, f"records: must be {METRICS}")
+    require(set(content) == {METRICS}, f"records: must be {METRICS}")
     values = read_metrics(content, EVALUATE_METRICS)
-    _require(set(values) == set(EVALUATE_METRICS), "metrics: a sum is missing")
-    _require(values["examples"] == examples, f"metrics.examples: must be {examples}")
-    _require(0 <= values["correct"] <= examples, "metrics.correct: out of range")
-    _require(values["loss_sum"] >= 0, "metrics.loss_sum: negative")
+    require(set(values) == set(EVALUATE_METRICS), "metrics: a sum is missing")
+    require(values["examples"] == examples, f"metrics.examples: must be {examples}")
+    require(0 <= values["correct"] <= examples, "metrics.correct: out of range")
+    require(values["loss_sum"] >= 0, "metrics.loss_sum: negative")
     return values
 
 
@@ -151,20 +159,20 @@ def read_arrays(
     InvalidReplyError
         On a missing or additional array, another dtype or shape, or more bytes than that takes.
     """
-    _require(set(record) == set(schema), f"{name}: arrays are not those of the schema")
+    require(set(record) == set(schema), f"{name}: arrays are not those of the schema")
     arrays: dict[str, npt.NDArray[Any]] = {}
     for key, (dtype, shape) in schema.items():
         array = record[key]
-        _require(array.dtype == dtype, f"{name}.{key}: wrong dtype, must be {dtype}")
-        _require(tuple(array.shape) == shape, f"{name}.{key}: wrong shape")
+        require(array.dtype == dtype, f"{name}.{key}: wrong dtype, must be {dtype}")
+        require(tuple(array.shape) == shape, f"{name}.{key}: wrong shape")
         # checked before a byte is parsed: an oversized blob is never expanded
         limit = math.prod(shape) * np.dtype(dtype).itemsize + _ARRAY_OVERHEAD
-        _require(len(array.data) <= limit, f"{name}.{key}: oversize")
+        require(len(array.data) <= limit, f"{name}.{key}: oversize")
         try:
             value = array.numpy()
         except Exception:  # a hostile header makes the parser fail in ways that are not documented
             raise InvalidReplyError(f"{name}.{key}: cannot be read") from None
-        _require(
+        require(
             isinstance(value, np.ndarray) and str(value.dtype) == dtype and value.shape == shape,
             f"{name}.{key}: not what it claims",
         )
@@ -204,8 +212,8 @@ def check_release(
     wants_labels = request.labels and request.split == "train"
     if wants_labels:
         expected.add(LABELS)
-    _require(set(content) == expected, f"records: must be {', '.join(sorted(expected))}")
-    _require(
+    require(set(content) == expected, f"records: must be {', '.join(sorted(expected))}")
+    require(
         set(content.array_records) == expected & {SMASHED, LABELS}
         and set(content.config_records) == {RELEASE_HEADER},
         "records: of the wrong kind",
@@ -213,17 +221,17 @@ def check_release(
     read_metrics(content, RELEASE_METRICS)
     header = dict(content.config_records[RELEASE_HEADER])
     if marked:
-        _require(isinstance(header.pop(MARK, None), bytes), f"{RELEASE_HEADER}.mark: missing")
-    _check_header(header, HEADER_TYPES, RELEASE_HEADER)
-    _require(header["run_id"] == request.run_id, f"{RELEASE_HEADER}.run_id: another run")
+        require(isinstance(header.pop(MARK, None), bytes), f"{RELEASE_HEADER}.mark: missing")
+    check_header(header, HEADER_TYPES, RELEASE_HEADER)
+    require(header["run_id"] == request.run_id, f"{RELEASE_HEADER}.run_id: another run")
     asked = {"split": request.split, "chunk": request.chunk, "epoch": request.epoch}
-    _require(all(header[k] == v for k, v in asked.items()), "wrong chunk: not what was asked for")
-    _require(header["mechanism"] == request.spec.id, f"{RELEASE_HEADER}.mechanism: another one")
-    _require(header["wire"] == request.wire, f"{RELEASE_HEADER}.wire: another format")
-    _require(header["hidden"] == hidden, f"{RELEASE_HEADER}.hidden: must be {hidden}")
+    require(all(header[k] == v for k, v in asked.items()), "wrong chunk: not what was asked for")
+    require(header["mechanism"] == request.spec.id, f"{RELEASE_HEADER}.mechanism: another one")
+    require(header["wire"] == request.wire, f"{RELEASE_HEADER}.wire: another format")
+    require(header["hidden"] == hidden, f"{RELEASE_HEADER}.hidden: must be {hidden}")
     examples = header["examples"]
     assert isinstance(examples, int)
-    _require(0 < examples <= request.chunk_size, f"{RELEASE_HEADER}.examples: out of range")
+    require(0 < examples <= request.chunk_size, f"{RELEASE_HEADER}.examples: out of range")
     return _read_payload(content, request, examples, hidden, num_labels if wants_labels else 0)
 
 
@@ -231,12 +239,12 @@ def _read_payload(
     content: RecordDict, request: ReleaseRequest, examples: int, hidden: int, num_labels: int
 ) -> dict[str, npt.NDArray[Any]]:
     smashed = content.array_records[SMASHED]
-    _require("lengths" in smashed, f"{SMASHED}.lengths: missing")
+    require("lengths" in smashed, f"{SMASHED}.lengths: missing")
     lengths_schema = {"lengths": ("uint16", (examples,))}
     lengths_B = read_arrays(ArrayRecord({"lengths": smashed["lengths"]}), lengths_schema, SMASHED)[
         "lengths"
     ]
-    _require(
+    require(
         bool(lengths_B.min() > 0) and int(lengths_B.max()) <= request.max_length,
         f"{SMASHED}.lengths: outside 1..{request.max_length}",
     )
@@ -244,13 +252,13 @@ def _read_payload(
     arrays = read_arrays(smashed, schema, SMASHED)
     for key, value in arrays.items():
         if np.issubdtype(value.dtype, np.floating):
-            _require(bool(np.isfinite(value).all()), f"{SMASHED}.{key}: NaN or Inf")
+            require(bool(np.isfinite(value).all()), f"{SMASHED}.{key}: NaN or Inf")
     if num_labels:
         labels = read_arrays(
             content.array_records[LABELS], {"labels": ("int32", (examples,))}, LABELS
         )
         inside = (labels["labels"] >= 0) & (labels["labels"] < num_labels)
-        _require(bool(inside.all()), f"{LABELS}: outside 0..{num_labels - 1}")
+        require(bool(inside.all()), f"{LABELS}: outside 0..{num_labels - 1}")
         arrays |= labels
     return arrays
 
@@ -284,8 +292,8 @@ def read_release(
     """
     arrays = check_release(content, request, hidden=hidden, num_labels=num_labels, marked=False)
     header = content.config_records[RELEASE_HEADER]
-    _require(header["device_id"] == device_id, f"{RELEASE_HEADER}.device_id: another device")
-    _require(
+    require(header["device_id"] == device_id, f"{RELEASE_HEADER}.device_id: another device")
+    require(
         header["examples"] == examples,
         f"{RELEASE_HEADER}.examples: not the number that the device described",
     )
@@ -294,7 +302,7 @@ def read_release(
     rows_ND = get_codec(request.wire).decode(arrays, lengths_B)
     # beyond half precision a row is absurd on any wire, and would make training overflow
     limit = np.finfo(np.float16).max
-    _require(bool((np.abs(rows_ND) <= limit).all()), f"{SMASHED}: NaN, Inf or above {limit:.4g}")
+    require(bool((np.abs(rows_ND) <= limit).all()), f"{SMASHED}: NaN, Inf or above {limit:.4g}")
     return ReceivedChunk(rows_ND, lengths_B, labels_B, read_metrics(content, RELEASE_METRICS))
 
 
@@ -306,15 +314,15 @@ def read_description(content: RecordDict, run_id: str) -> dict[str, Any]:
     InvalidReplyError
         Naming what is wrong.
     """
-    _require(set(content) == {DEVICE}, f"records: must be {DEVICE}")
-    _require(set(content.config_records) == {DEVICE}, "records: of the wrong kind")
+    require(set(content) == {DEVICE}, f"records: must be {DEVICE}")
+    require(set(content.config_records) == {DEVICE}, "records: of the wrong kind")
     record = dict(content.config_records[DEVICE])
-    _check_header(record, DESCRIPTION_TYPES, DEVICE)
-    _require(record["run_id"] == run_id, f"{DEVICE}.run_id: another run")
+    check_header(record, DESCRIPTION_TYPES, DEVICE)
+    require(record["run_id"] == run_id, f"{DEVICE}.run_id: another run")
     for key in ("train_examples", "eval_examples"):
         value = record[key]
         assert isinstance(value, int)
-        _require(0 <= value <= 10**9, f"{DEVICE}.{key}: out of range")
+        require(0 <= value <= 10**9, f"{DEVICE}.{key}: out of range")
     names = str(record["label_names"]).split("\n")
-    _require(2 <= len(names) <= MAX_LABELS, f"{DEVICE}.label_names: needs at least two classes")
+    require(2 <= len(names) <= MAX_LABELS, f"{DEVICE}.label_names: needs at least two classes")
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -16,6 +17,7 @@ from privtune_flwr.privacy.base import MechanismSpec
 SCHEMA_VERSION = 1
 DESCRIBE = "query.describe"
 PROVISION = "query.provision"
+LEARN = "train.learn"
 RELEASE = "train.release"
 EVALUATE = "evaluate.default"
 REQUEST = "request"
@@ -82,11 +84,16 @@ class DescribeRequest(_Terms):
     """Ask for counts, and announce the terms so that a refusal comes before any work.
 
     ``bundles`` are the ids, joined by commas, of which the device says whether it holds them;
-    ``epochs`` the distinct releases of each example that the run will ask for.
+    ``epochs`` the distinct releases of each example that the run will ask for; ``learning_rounds``
+    the updates before them, 0 where nothing is (still) to be learned, with ``clip`` and ``noise``
+    as in :class:`LearnRequest`.
     """
 
     action: ClassVar[str] = DESCRIBE
     bundles: str
+    learning_rounds: int = 0
+    clip: float = 0.0
+    noise: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,46 @@ class ProvisionRequest(_Request):
         content = self.to_content()
         content[PAYLOAD] = ArrayRecord({"data": Array(np.frombuffer(data, dtype=np.uint8))})
         return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnRequest(_Terms):
+    """Ask for one update of a mechanism that is still to be learned; the state is the payload.
+
+    ``mechanism`` is the draft. An update has an L2 norm of at most ``clip`` (0 = any), and the
+    device adds Gaussian noise of standard deviation ``noise * clip`` to each of its numbers.
+    """
+
+    action: ClassVar[str] = LEARN
+    round: int
+    rounds: int
+    clip: float
+    noise: float
+    max_length: int
+    num_labels: int
+
+    def check(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises
+        ------
+        Refusal
+            Naming the field.
+        """
+        if not 1 <= self.round <= self.rounds:
+            raise Refusal(f"request.round = {self.round}: allowed: 1 to {self.rounds}")
+        for name, value in (("clip", self.clip), ("noise", self.noise)):
+            if not 0 <= value < math.inf:
+                raise Refusal(f"request.{name} = {value}: must be at least 0 and finite")
+        if self.noise > 0 and self.clip == 0:
+            raise Refusal("request.noise: is in units of clip, which must then be above 0")
+        if not 4 <= self.max_length <= 2**16 - 1:
+            raise Refusal(f"request.max_length = {self.max_length}: allowed: 4 to {2**16 - 1}")
+
+    @property
+    def learn_key(self) -> str:
+        """What a learning phase is about: model, draft, cut-off. Keys noise and ledger."""
+        return f"{self.bottom_id}/{self.spec.id}/{self.max_length}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from privtune_flwr.config import flatten
 from privtune_flwr.memory import peak_memory_bytes
+from privtune_flwr.privacy.accounting import REPORT_DELTA, update_rho, zcdp_epsilon
+from privtune_flwr.privacy.learned_update import learning_statement
 
 if TYPE_CHECKING:
     from strategies.split import SplitTuning
 
 _PACKAGES = ("privtune-flwr", "flwr", "torch", "transformers", "datasets", "peft", "numpy", "ray")
 _FINAL = ("test_accuracy", "test_loss", "eval_accuracy", "eval_loss", "eval_examples", "loss")
+_SPENT = ("eta_total_max", "epsilon_total_max", "delta_total_max", "bits_total_max")
 _SUMMED = (
     "seconds_bottom",
     "seconds_mechanism",
     "seconds_codec",
+    "seconds_learn",
     "seconds_wire",
     "seconds_top",
     "seconds_decode",
@@ -36,13 +41,15 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
     """
     progress, cloud = strategy.progress, strategy.cloud
     rounds = progress.rounds
+    learned = sum(r.get("kind") == "learn" for r in rounds)
     last = rounds[-1] if rounds else {}
     examples = sum(int(r.get("examples_new", 0)) for r in rounds)
     up = sum(t["up"] for t in progress.traffic.values())
     return {
         "name": strategy.folder.name,
         "final": {key: last[key] for key in _FINAL if key in last},
-        "rounds": len(rounds),
+        "rounds": len(rounds) - learned,
+        "learning_rounds": learned,
         "per_round": rounds,
         "steps": strategy.trainer.steps,
         "devices": {
@@ -80,12 +87,14 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
 
 def _privacy(strategy: SplitTuning) -> dict[str, Any]:
     rounds, cloud = strategy.progress.rounds, strategy.cloud
-    guarantee = cloud.mechanism.guarantee()
+    guarantee, strength = cloud.mechanism.guarantee(), cloud.mechanism.strength
     tokens = sum(r.get("tokens", 0) for r in rounds)
     norm = sum(r.get("noise_norm_sum", 0.0) for r in rounds)
     # the unit needs the bank, which a mechanism without parameters in units never built
     unit = cloud.spec.params.get("unit")
-    mean = norm / tokens if tokens else None
+    # rows of another width have no distance from the clean ones
+    mean = norm / tokens if tokens and cloud.width == cloud.bottom.hidden_size else None
+    devices = strategy.progress.spent
     return {
         "mechanism": cloud.mechanism.name,
         "spec": cloud.spec.to_json(),
@@ -93,12 +102,46 @@ def _privacy(strategy: SplitTuning) -> dict[str, Any]:
         "adversary": guarantee.adversary,
         "statement": guarantee.statement,
         "eta_max": guarantee.eta,
+        "epsilon_max": strength.epsilon,
+        "delta": strength.delta if strength.epsilon is not None else None,
+        "epsilon_per": strength.per if strength.epsilon is not None else None,
+        "bits_max": strength.bits,
         "mean_noise_norm": mean,
         "unit": unit,
         "mean_noise_norm_units": mean / float(unit) if mean is not None and unit else None,
         "releases_per_example": max((r.get("spent_max_per_example", 0) for r in rounds), default=0),
-        "spent_eta_per_token": max((r.get("spent_eta_sum_max", 0.0) for r in rounds), default=0.0),
+        # of one token over its releases; the sums over an example's tokens are under "spent"
+        "spent_eta_per_token": _largest(devices, "eta_sum_max"),
+        "spent": {name: _largest(devices, name) for name in _SPENT},
+        "devices": devices,
+        "learning": _learning(strategy),
         "decoder": cloud.uses_decoder,
+    }
+
+
+def _largest(devices: Mapping[str, Mapping[str, float]], name: str) -> float | None:
+    """Take the largest over devices; None where one of them has no bound, or there are none."""
+    values = [account.get(name) for account in devices.values()]
+    known = [value for value in values if value is not None]
+    return max(known) if known and len(known) == len(values) else None
+
+
+def _learning(strategy: SplitTuning) -> dict[str, Any] | None:
+    """Say what the learning phase told of the devices' text; None where there was none."""
+    cloud = strategy.cloud
+    if not cloud.learned:
+        return None
+    settings = cloud.config.privacy.learning
+    rho = update_rho(settings.clip, settings.noise)
+    return {
+        "rounds": settings.rounds,
+        "clip": settings.clip,
+        "noise": settings.noise,
+        "zcdp_rho": None if rho is None else settings.rounds * rho,
+        "epsilon": None if rho is None else zcdp_epsilon(settings.rounds * rho),
+        "delta": None if rho is None else REPORT_DELTA,
+        "adjacency": "any two contents of one device with as many examples",
+        "statement": learning_statement(settings.rounds, settings.clip, settings.noise),
     }
 
 

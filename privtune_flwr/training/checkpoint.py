@@ -27,6 +27,8 @@ class Progress:
         Device id (or node) to reason.
     traffic : dict
         Device id to ``{"up", "down", "messages"}``.
+    spent : dict
+        Device id to what its ledger says it has spent, as of its last reply.
     """
 
     round: int = -1
@@ -35,6 +37,7 @@ class Progress:
     quarantined: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     traffic: dict[str, dict[str, int]] = field(default_factory=dict)
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
 
 

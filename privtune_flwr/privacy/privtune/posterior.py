@@ -9,18 +9,23 @@ discriminant analysis) fitted on public text: ``mu_v = b_v + p*_v``, S the poole
 
 Because S holds the directions of the released rows, this is also the retrieval by Mahalanobis
 distance that undoes shaped noise. Without a shift (``dchi``, ``none``) it is the attacker alone.
+Of mechanisms that do not add noise to rows, mu and S are learned, see
+:mod:`privtune_flwr.privacy.released`.
 
 Shapes: ``N`` rows, ``d`` hidden size, ``V`` vocabulary (special tokens included).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from privtune_flwr.privacy.released import released_law
 
 if TYPE_CHECKING:
     from privtune_flwr.privacy.base import Mechanism
@@ -82,8 +87,9 @@ class ShiftPosterior:
         self._centre_D = self._tensor(centre_D)
         means_VD = self._tensor(np.asarray(mean_VD, dtype=np.float64) - centre_D) @ self._whiten_DD
         self._means_DV = means_VD.T.contiguous()
+        self._half_V = means_VD.square().sum(dim=1) / 2
         log_prior_V = np.log(prior_V) - np.log(prior_V.sum())
-        self._bias_V = self._tensor(log_prior_V) - means_VD.square().sum(dim=1) / 2
+        self._bias_V = self._tensor(log_prior_V) - self._half_V
         self._shift_VD = None if shift_VD is None else self._tensor(shift_VD)
 
     @classmethod
@@ -108,6 +114,10 @@ class ShiftPosterior:
         device : str
             Torch device that computes later.
         """
+        prior_V = public.counts + _PSEUDO_COUNT
+        if not mechanism.additive:
+            law = released_law(mechanism, public, rows=rows)
+            return cls(law.means_VR, law.covariance_RR, prior_V, device=device)
         shift_VD = mechanism.shift()
         mean_VD = np.asarray(public.bank, dtype=np.float32)
         if shift_VD is not None:
@@ -117,8 +127,14 @@ class ShiftPosterior:
             {"spec": mechanism.spec.id, "rows": rows, "ridge": _RIDGE},
             lambda: {"covariance": pooled_covariance(mechanism, public, mean_VD, rows)},
         )
-        prior_V = public.counts + _PSEUDO_COUNT
         return cls(mean_VD, fitted["covariance"], prior_V, shift_VD, device=device)
+
+    def with_prior(self, prior_V: NDArray[Any]) -> Self:
+        """Give the same classes with other prior weights, (V,), positive; normalised here."""
+        changed = copy.copy(self)
+        log_prior_V = np.log(prior_V) - np.log(prior_V.sum())
+        changed._bias_V = self._tensor(log_prior_V) - self._half_V
+        return changed
 
     @property
     def whitened_means(self) -> torch.Tensor:
@@ -150,6 +166,27 @@ class ShiftPosterior:
         ]
         return np.concatenate([np.empty((0, rows_ND.shape[1]), np.float32), *parts])
 
+    def expectation(self, rows_ND: NDArray[Any], table_VK: NDArray[Any]) -> NDArray[np.float32]:
+        """Average a table over the posterior: sum_v p(v | y) table_v.
+
+        Parameters
+        ----------
+        rows_ND : float array, shape (N, d)
+            Released rows.
+        table_VK : float array, shape (V, K)
+            Anything known of each token.
+
+        Returns
+        -------
+        float32 array, shape (N, K)
+        """
+        values_VK = self._tensor(table_VK)
+        parts = [
+            (torch.softmax(scores_BV, dim=1) @ values_VK).cpu().numpy()
+            for _, scores_BV in self._scored(rows_ND)
+        ]
+        return np.concatenate([np.empty((0, table_VK.shape[1]), np.float32), *parts])
+
     def top(self, rows_ND: NDArray[Any], k: int = 1) -> NDArray[np.int64]:
         """List the most probable tokens.
 
@@ -172,6 +209,13 @@ class ShiftPosterior:
         """Give log p(v | y) of each row as (N, V): large, meant for a few rows."""
         parts = [torch.log_softmax(s, dim=1).cpu().numpy() for _, s in self._scored(rows_ND)]
         return np.concatenate([np.empty((0, len(self._bias_V)), np.float32), *parts])
+
+    def log_posterior_of(self, rows_ND: NDArray[Any], tokens_H: torch.Tensor) -> torch.Tensor:
+        """Give log p(v | y, v one of these tokens), (N, H)."""
+        scores_NH = torch.addmm(
+            self._bias_V[tokens_H], self.whitened(rows_ND), self._means_DV[:, tokens_H]
+        )
+        return scores_NH.log_softmax(dim=1)
 
     def _scored(self, rows_ND: NDArray[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield rows and log p(v | y) up to a constant a row, a chunk at a time.
