@@ -135,6 +135,44 @@ def _resume_hint(target: Path, scenario: str) -> str:
 
 
 @main.command()
+def bank(
+    scenario: Annotated[
+        str, typer.Argument(help="A TOML file, or a packaged scenario's name.")
+    ] = "demo",
+    file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, as in TOML; repeatable.")
+    ] = None,
+) -> None:
+    """Build PrivTune's bank and graph for a run's model and cut, and show what they are."""
+    with _clear_errors():
+        from privtune_flwr.privacy.privtune.command import show_bank
+
+        config = load_scenario(scenario).run_config(_parse_overrides(overrides or []))
+        found = show_bank(config, console=console)
+        if file is not None:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+@main.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    texts: Annotated[
+        Path, typer.Argument(help="A file with one text a line; - for standard input.")
+    ],
+) -> None:
+    """Classify texts with a run's model, through its mechanism: one JSON object a line."""
+    with _clear_errors():
+        from privtune_flwr.predict import predict as classify
+
+        if str(texts) != "-" and not texts.is_file():
+            raise ConfigError(f"texts = {str(texts)!r}: no such file")
+        content = sys.stdin.read() if str(texts) == "-" else texts.read_text(encoding="utf-8")
+        for found in classify(run.absolute(), [line for line in content.splitlines() if line]):
+            print(json.dumps({"label": found.label, "probabilities": found.probabilities}))
+
+
+@main.command()
 def audit(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several give a frontier.")],
     quick: Annotated[bool, typer.Option(help="Fewer sentences, weaker learned attackers.")] = False,
@@ -163,7 +201,7 @@ def _audit(runs: list[Path], options: AuditOptions) -> None:
     print_audit(audits)
     for run in runs:
         console.print(f"report: {run / 'audit' / 'audit.html'}", highlight=False, soft_wrap=True)
-    if not all(audit["valid"] for audit in audits):
+    if any(audit["valid"] is False for audit in audits):
         raise typer.Exit(1)
 
 

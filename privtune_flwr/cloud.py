@@ -26,16 +26,17 @@ from privtune_flwr.models import (
     BottomModel,
     CutModel,
     apply_lora,
+    create_lift,
     cut_model,
     parameter_groups,
     resolve_model,
 )
-from privtune_flwr.privacy.base import Mechanism, MechanismSpec
+from privtune_flwr.privacy.base import Mechanism, MechanismError, MechanismSpec
 from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.public import PublicKnowledge
 from privtune_flwr.privacy.registry import create_mechanism, mechanism_class
 from privtune_flwr.training.store import SmashedStore
-from privtune_flwr.training.trainer import TopModelTrainer
+from privtune_flwr.training.trainer import TopModelTrainer, pick_device
 
 Rows = npt.NDArray[np.float32]
 logger = logging.getLogger("privtune.cloud")
@@ -60,8 +61,12 @@ class CloudSide:
         The cloud's instance, for public text.
     public : PublicKnowledge
         Bank, counts and rows of public text.
+    learned : bool
+        Whether the mechanism is what a learning phase froze; see :meth:`adopt`.
     seconds : dict
         Time spent on preparation and on the cloud's post-processing.
+    adaptation : dict
+        What adapting the top model to public releases came to, if it was asked for.
     """
 
     config: RunConfig
@@ -70,12 +75,45 @@ class CloudSide:
     spec: MechanismSpec
     mechanism: Mechanism
     public: PublicKnowledge
+    learned: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "decode": 0.0})
+    adaptation: dict[str, float] = field(default_factory=dict)
 
     @property
     def bottom_id(self) -> str:
         """Hash of the bottom model's bundle."""
         return self.bundles[0][0].id
+
+    @property
+    def learns(self) -> bool:
+        """Whether the mechanism is a draft that must be learned before anything is released."""
+        return self.mechanism.learned and not self.learned
+
+    def adopt(self, spec: MechanismSpec, artefact: Path | None) -> None:
+        """Take the mechanism up that a learning phase froze, in place of its draft.
+
+        Raises
+        ------
+        MechanismError
+            If it does not load, or releases rows of another width than the draft.
+        """
+        bundles = self.bundles[:1]
+        folder = None
+        if spec.artefact and artefact is not None:
+            manifest = cloud_cache().add_folder(artefact)
+            folder = cloud_cache().path(manifest.id)
+            bundles.append((manifest, folder))
+        mechanism = create_mechanism(spec, folder, self.bottom)
+        if mechanism.name != self.mechanism.name or self.width != mechanism.width(
+            self.bottom.hidden_size
+        ):
+            raise MechanismError(f"{spec.name}: what was learned is not what the draft promised")
+        self.spec, self.mechanism, self.bundles, self.learned = spec, mechanism, bundles, True
+
+    @property
+    def width(self) -> int:
+        """Width of a released row."""
+        return self.mechanism.width(self.bottom.hidden_size)
 
     @property
     def store_dtype(self) -> str:
@@ -84,30 +122,50 @@ class CloudSide:
 
     @property
     def uses_decoder(self) -> bool:
-        """Whether received rows are un-shifted: asked for, and there is a shift to undo."""
+        """Whether received rows are post-processed before they are trained on."""
+        recovery = self.config.recovery
+        if recovery.denoise != "none" or recovery.scale != "none":
+            return True
         return self.config.privacy.decoder and self.mechanism.shift() is not None
 
     def decoder(self) -> Callable[[Rows], Rows] | None:
         """Build the decoder: post-processing, so it costs the devices no privacy.
 
-        It uses p* and the noise law. One cloud, one knowledge: the attacker has them as well.
+        It un-shifts or denoises and scales, from p* and the noise law. One cloud, one knowledge:
+        the attacker has them as well.
         """
         if not self.uses_decoder:
             return None
-        from privtune_flwr.privacy.privtune.posterior import ShiftPosterior
+        from privtune_flwr.training.recover import build_recovery
 
-        posterior = ShiftPosterior.fit(self.mechanism, self.public)
+        device = str(pick_device(self.config.train.device))
+        recover = build_recovery(self.config, self.mechanism, self.public, device=device)
+        if recover is None:
+            return None
 
         def decode(rows_ND: Rows) -> Rows:
             start = time.perf_counter()
-            decoded = posterior.unshift(rows_ND)
+            decoded = recover(rows_ND)
             self.seconds["decode"] += time.perf_counter() - start
             return decoded
 
         return decode
 
-    def build_top(self, labels: Sequence[str]) -> tuple[CutModel, TopModelTrainer]:
-        """Cut the model again, now with a head for these classes, and set its training up."""
+    def open_store(self, folder: Path) -> SmashedStore:
+        """Open a store for received rows, with the decoder before it."""
+        return SmashedStore(
+            folder, hidden=self.width, dtype=self.store_dtype, decoder=self.decoder()
+        )
+
+    def build_top(
+        self, labels: Sequence[str], *, fresh: bool = True
+    ) -> tuple[CutModel, TopModelTrainer]:
+        """Cut the model again, now with a head for these classes, and set its training up.
+
+        Where released rows are not as wide as the model, its front is a lift. With
+        ``recovery.adapt`` it is adapted to public releases first, unless it is not ``fresh``: a
+        checkpoint will replace what it would have learned.
+        """
         model, train = self.config.model, self.config.train
         cut = cut_model(
             resolve_model(model.name),
@@ -119,6 +177,19 @@ class CloudSide:
         )
         if model.tuning == "lora":
             apply_lora(cut.top, model)
+        if self.width != self.bottom.hidden_size:
+            start = getattr(self.mechanism, "lift_start", None)
+            cut.top.lift = create_lift(
+                self.width,
+                model.max_length,
+                self.public.rows().values,
+                start=start() if start else None,
+                seed=self.config.run.seed,
+            )
+        if fresh and self.config.recovery.adapt != "none":
+            from privtune_flwr.training.adapt import adapt_top
+
+            self.adaptation = adapt_top(self, cut)
         groups = parameter_groups(
             cut.top,
             lr=train.learning_rate,
@@ -150,23 +221,43 @@ class CloudSide:
             )
         position = [list(labels).index(name) for name in names]
         ids = tokenise(self.bottom.tokenizer, list(test["text"]), self.config.model.max_length)
-        codec = get_codec(self.config.privacy.wire)
         key = b"the cloud's own public test set".ljust(32)
         for chunk, start in enumerate(range(0, len(ids), TEST_CHUNK)):
             if (TEST_DEVICE, "test", 0, chunk) in store:
                 continue
             part = ids[start : start + TEST_CHUNK]
-            rows = [
-                self.mechanism.perturb(
-                    hidden, i, keyed_generator(key, self.config.run.seed, start + n)
-                )
-                for n, (hidden, i) in enumerate(zip(self.bottom.encode(part), part, strict=True))
-            ]
-            lengths = np.array([len(i) for i in part], dtype=np.uint16)
-            rows_ND = codec.decode(codec.encode(np.concatenate(rows), lengths), lengths)
+            rows_ND, lengths = self.release(part, key, start)
             wanted = [position[int(v)] for v in test["label"][start : start + TEST_CHUNK]]
-            store.append((TEST_DEVICE, "test", 0, chunk), rows_ND, lengths.tolist(), wanted)
+            store.append((TEST_DEVICE, "test", 0, chunk), rows_ND, lengths, wanted)
         return len(ids)
+
+    def release(
+        self, ids: Sequence[npt.NDArray[np.int32]], key: bytes, first: int
+    ) -> tuple[Rows, list[int]]:
+        """Send public sentences through bottom model, mechanism and wire, as a device would.
+
+        Parameters
+        ----------
+        ids : sequence of int arrays (T,)
+            The sentences.
+        key : bytes
+            32 bytes; it is the cloud's own, and no secret.
+        first : int
+            Number of the first sentence: each has noise of its own.
+
+        Returns
+        -------
+        rows_ND, lengths
+            What arrives, not decoded yet, and the tokens of each sentence.
+        """
+        rows = [
+            self.mechanism.perturb(hidden, i, keyed_generator(key, self.config.run.seed, first + n))
+            for n, (hidden, i) in enumerate(zip(self.bottom.encode(ids), ids, strict=True))
+        ]
+        lengths = np.array([len(i) for i in ids], dtype=np.uint16)
+        codec = get_codec(self.config.privacy.wire)
+        rows_ND = codec.decode(codec.encode(np.concatenate(rows), lengths), lengths)
+        return rows_ND, lengths.tolist()
 
     def load_test_set(self, labels: Sequence[str]) -> Dataset:
         """Load the public test set in the order in which :meth:`add_test_set` sends it."""
@@ -186,6 +277,14 @@ class CloudSide:
         return source.select(order[: data.test_examples])
 
 
+def cloud_cache() -> BundleCache:
+    """Open the cloud's own bundles.
+
+    Apart from the simulated devices' shared cache: what they hold must have been provisioned.
+    """
+    return BundleCache(cache_root() / "cloud-bundles")
+
+
 def prepare_cloud(config: RunConfig) -> CloudSide:
     """Cut the model, make its bundle, and design the mechanism from public text.
 
@@ -195,8 +294,7 @@ def prepare_cloud(config: RunConfig) -> CloudSide:
         Before any device is asked, naming the key and what is allowed.
     """
     start = time.perf_counter()
-    # apart from the simulated devices' shared cache: what they hold must have been provisioned
-    cache = BundleCache(cache_root() / "cloud-bundles")
+    cache = cloud_cache()
     cut = cut_model(
         resolve_model(config.model.name),
         cut=config.model.cut,
@@ -225,7 +323,7 @@ def prepare_cloud(config: RunConfig) -> CloudSide:
     spec = specs[0]
     if spec.artefact:
         bundles.append(artefact)
-    mechanism = create_mechanism(spec, artefact[1] if spec.artefact else None)
+    mechanism = create_mechanism(spec, artefact[1] if spec.artefact else None, cut.bottom)
     side = CloudSide(config, cut.bottom, bundles, spec, mechanism, public)
     side.seconds["prepare"] = time.perf_counter() - start
     return side

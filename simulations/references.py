@@ -24,7 +24,7 @@ from filelock import FileLock
 from transformers import AutoModel, AutoTokenizer
 
 from privtune_flwr.config import RunConfig, flatten, load_run_config
-from privtune_flwr.data import load_public_labelled, load_source, split_source
+from privtune_flwr.data import load_public_dataset, load_source, split_source
 from privtune_flwr.models import resolve_model
 from privtune_flwr.models.heads import MeanPooledClassifier
 from privtune_flwr.results.run_folder import write_text
@@ -38,7 +38,7 @@ _ALONE_EPOCHS = 20  # a tenth of the text: three passes would be too few steps t
 
 def public_only(config: RunConfig) -> dict[str, Any]:
     """Tune the whole model on public labelled text."""
-    public = load_public_labelled(config.data.public_corpora).shuffle(seed=config.run.seed)
+    public = load_public_dataset(config.data.public_corpora).shuffle(seed=config.run.seed)
     size = min(config.data.train_examples, len(public))
     return _tuned(config, public[:size]["text"], public[:size]["label"], config.train.epochs, None)
 

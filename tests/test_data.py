@@ -20,7 +20,7 @@ from privtune_flwr.config import DataConfig
 from privtune_flwr.data import (
     DataError,
     device_part,
-    load_public_labelled,
+    load_public_dataset,
     load_public_text,
     load_source,
     split_source,
@@ -96,7 +96,7 @@ def test_public_corpora():
     ]
     both = load_public_text(["nyt-snippets", "tweets"])
     assert both == load_public_text(["nyt-snippets"]) + load_public_text(["tweets"])
-    labelled = load_public_labelled(["amazon-snippets", "tweets"])
+    labelled = load_public_dataset(["amazon-snippets", "tweets"])
     assert class_counts(labelled) == {"negative": 1218 + 1062, "positive": 1725 + 2300}
     assert Counter(labelled["corpus"]) == {"amazon-snippets": 2943, "tweets": 3362}
     for names in (["movie-snippets"], [], ["tweets", "tweets"]):

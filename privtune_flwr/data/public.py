@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -10,6 +11,13 @@ import pyarrow as pa
 from privtune_flwr.config import PUBLIC_CORPORA
 from privtune_flwr.data.columns import DataError, to_dataset
 from privtune_flwr.data.snippets import SNIPPET_CLASSES, read_polar_snippets, read_snippets
+
+
+class Labelled(NamedTuple):
+    """Texts with a sentiment: 0 negative, 1 positive, the order of ``movie-snippets``."""
+
+    texts: list[str]
+    labels: list[int]
 
 
 def load_public_text(names: Sequence[str]) -> list[str]:
@@ -33,7 +41,29 @@ def load_public_text(names: Sequence[str]) -> list[str]:
     return [text for name in _checked(names) for _, text in read_snippets(name)]
 
 
-def load_public_labelled(names: Sequence[str]) -> datasets.Dataset:
+def load_public_labelled(corpora: Sequence[str]) -> Labelled:
+    """Load public corpora with a sentiment, by the thresholds of ``movie-snippets``.
+
+    Parameters
+    ----------
+    corpora : Sequence[str]
+        As for :func:`load_public_text`.
+
+    Returns
+    -------
+    Labelled
+        Without the neutral texts, in a fixed order: one corpus after the other.
+
+    Raises
+    ------
+    DataError
+        As :func:`load_public_text`.
+    """
+    table = load_public_dataset(corpora)
+    return Labelled(list(table["text"]), [int(label) for label in table["label"]])
+
+
+def load_public_dataset(names: Sequence[str]) -> datasets.Dataset:
     """Load public corpora with a sentiment, by the thresholds of ``movie-snippets``.
 
     Parameters

@@ -7,6 +7,7 @@ from privtune_flwr.models.errors import ModelError
 from privtune_flwr.models.export import export
 from privtune_flwr.models.families import FAMILIES, Family, family_of, supported_types
 from privtune_flwr.models.heads import MeanPooledClassifier, load_mean_pooled
+from privtune_flwr.models.lift import Lift, create_lift, load_lift
 from privtune_flwr.models.source import resolve_model
 from privtune_flwr.models.tokenizer import load_tokenizer
 from privtune_flwr.models.top import TopModel, load_top_state, top_state
@@ -17,13 +18,16 @@ __all__ = [
     "CutModel",
     "CutSpec",
     "Family",
+    "Lift",
     "MeanPooledClassifier",
     "ModelError",
     "TopModel",
     "apply_lora",
+    "create_lift",
     "cut_model",
     "export",
     "family_of",
+    "load_lift",
     "load_mean_pooled",
     "load_tokenizer",
     "load_top_state",

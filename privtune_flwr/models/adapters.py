@@ -99,6 +99,8 @@ def parameter_groups(
     """
     network = top.network
     new = {id(p) for name in top.fresh_modules for p in network.get_submodule(name).parameters()}
+    if top.lift is not None:
+        new |= {id(p) for p in top.lift.parameters()}
     groups: dict[str, dict[str, Any]] = {}
     for parameter in top.parameters():
         if not parameter.requires_grad:

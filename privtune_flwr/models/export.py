@@ -13,6 +13,7 @@ from torch import Tensor
 from privtune_flwr.models.cut import CutModel
 from privtune_flwr.models.errors import ModelError
 from privtune_flwr.models.heads import HEAD_FILE, pooler_options
+from privtune_flwr.models.lift import save_lift
 from privtune_flwr.models.tokenizer import save_tokenizer
 from privtune_flwr.models.top import TopModel
 
@@ -44,7 +45,8 @@ def export(cut_model: CutModel, folder: Path | str) -> None:
     With ``head = "native"`` the folder is what
     ``AutoModelForSequenceClassification.from_pretrained`` loads; with ``"mean"`` it holds the
     base model, ``head.safetensors`` and a README, for :func:`~.heads.load_mean_pooled`. LoRA
-    adapters are merged, dropout is the original checkpoint's.
+    adapters are merged, dropout is the original checkpoint's. A lift is no part of the joined
+    model: it is saved beside it, and the README says that the model takes clean input only.
 
     Parameters
     ----------
@@ -83,6 +85,8 @@ def export(cut_model: CutModel, folder: Path | str) -> None:
     save_tokenizer(cut_model.tokenizer, folder)
     if mean:
         _write_readme(cut_model, folder, options)
+    if top.lift is not None:
+        save_lift(top, folder)
 
 
 def joined_state(cut_model: CutModel, prefix: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from privtune_flwr.models.errors import ModelError
 from privtune_flwr.models.families import Family
+from privtune_flwr.models.lift import Lift
 
 
 class PassThrough(nn.Module):
@@ -72,6 +73,8 @@ class TopModel(nn.Module):
         self.fresh_modules = fresh_modules
         self.seed = seed
         self.adapted = False
+        #: Front for rows that are not as wide as the model; see :mod:`.lift`.
+        self.lift: Lift | None = None
         self.model = network
         base = network.base_model
         blocks = family.block_list(base)
@@ -102,7 +105,8 @@ class TopModel(nn.Module):
         Parameters
         ----------
         hidden_BTD : Tensor
-            Smashed data, right-padded, shape (B, T, D); values at padding do not matter.
+            Smashed data, right-padded, shape (B, T, D), or (B, T, R) with a lift; values at
+            padding do not matter.
         attention_mask_BT : Tensor
             One for real tokens, zero for padding, shape (B, T).
 
@@ -112,8 +116,7 @@ class TopModel(nn.Module):
             logits_BC.
         """
         mask_BT = attention_mask_BT.long()
-        # Masked attention multiplies padding by zero, which does not undo an infinity.
-        inputs_BTD = hidden_BTD.float().masked_fill(mask_BT.unsqueeze(-1) == 0, 0.0)
+        inputs_BTD = self._inputs(hidden_BTD, mask_BT)
         network = self.network
         logits_BC: Tensor
         if self.head == "mean":
@@ -128,6 +131,21 @@ class TopModel(nn.Module):
             rows_B = torch.arange(len(last_B), device=last_B.device)
             logits_BC = network.score(output.last_hidden_state[rows_B, last_B])
         return logits_BC
+
+    def last_hidden(self, hidden_BTD: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Give the states that the head sees, (B, T, D); rows at padding are meaningless."""
+        mask_BT = attention_mask_BT.long()
+        states_BTD: Tensor = self.network.base_model(
+            inputs_embeds=self._inputs(hidden_BTD, mask_BT), attention_mask=mask_BT
+        ).last_hidden_state
+        return states_BTD
+
+    def _inputs(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        if self.lift is not None:
+            lifted_BTD: Tensor = self.lift(hidden_BTD, mask_BT)
+            return lifted_BTD
+        # Masked attention multiplies padding by zero, which does not undo an infinity.
+        return hidden_BTD.float().masked_fill(mask_BT.unsqueeze(-1) == 0, 0.0)
 
 
 def top_state(top: TopModel) -> dict[str, Tensor]:
