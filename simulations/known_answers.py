@@ -26,7 +26,7 @@ from privtune_flwr.audit.attacks.gaussian import Gaussian
 from privtune_flwr.audit.floors import prior_guess_by_position
 from privtune_flwr.audit.knowledge import Knowledge
 from privtune_flwr.audit.measure import recovery
-from privtune_flwr.audit.plan import QUICK, attacks_on_tokens
+from privtune_flwr.audit.plan import QUICK, Kind, attacks_on_tokens
 from privtune_flwr.cloud import CloudSide, prepare_cloud
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
 from privtune_flwr.data import load_source, split_source, tokenise
@@ -106,7 +106,7 @@ def continuous(settings: dict[str, Scalar]) -> dict[str, Any]:
     levels: tuple[Any, ...] = ("unaware", "adaptive")
     both = tuple((network, level) for level in levels for network in ("mlp", "sequence"))
     preset = replace(QUICK, learned=both)  # type: ignore[arg-type]
-    attacks = attacks_on_tokens(preset, discrete=False, in_domain=True, seed=0)
+    attacks, _ = attacks_on_tokens(preset, Kind(), in_domain=True, seed=0)
     found = {a.key: world.attacked(a, mechanism, released) for a in attacks}
     return {"attacks": found, "floors": world.floors(), "ceiling": 1.0}
 

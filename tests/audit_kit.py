@@ -36,8 +36,8 @@ class Real:
     in_domain: list[np.ndarray]
 
     def build(self, folder: Path, **changes: Any) -> Mechanism:
-        """Design and load a mechanism; changes are those of the privacy section."""
-        config = PrivacyConfig().model_copy(update=changes)
+        """Design and load a mechanism; changes are those of PrivTune's privacy section."""
+        config = PrivacyConfig(mechanism="privtune").model_copy(update=changes)
         spec = mechanism_class(config.mechanism).design(config, self.public, folder)
         return create_mechanism(spec, folder)
 

@@ -244,6 +244,38 @@ def test_an_invalid_audit_says_so_first(tmp_path: Path, valid: bool | None) -> N
     assert "judge by this one" not in text
 
 
+def test_an_audit_without_canaries_is_neither_valid_nor_invalid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"valid": None, "checked": False, "canaries": [], "repeats": {}}
+    html, reader = page(tmp_path, **changes)
+    assert "INVALID" not in html
+    assert "✓ VALID" not in reader.text
+    assert "UNCHECKED" in reader.text
+    assert "No canary has been planted" in reader.text
+    print_audit([{**AUDIT, **changes}])
+    out = capsys.readouterr().out
+    assert "unchecked: no leak was planted" in out
+    assert "INVALID" not in out
+
+
+def test_an_attack_that_makes_no_sense_here_has_a_row_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "not applicable: narrow rows"
+    apart = {
+        "key": "l2@unaware", "name": "l2", "family": "retrieval", "level": "unaware", "why": why,
+    }  # fmt: skip
+    _, reader = page(tmp_path, skipped=[*AUDIT["skipped"], apart])
+    assert re.search(r"l2 not applicable see below · not run · not run", reader.text)
+    assert f"l2@unaware : {why}" in reader.text
+    print_audit([{**AUDIT, "skipped": [*AUDIT["skipped"], apart]}])
+    out = capsys.readouterr().out
+    assert re.search(r"l2 .*not applicable", out)
+    assert f"l2@unaware: {why}" in out
+    assert "left out: mlp@in-domain" in out
+
+
 def test_text_is_escaped(tmp_path: Path) -> None:
     _, reader = page(tmp_path, headline=SCRIPT, limits=[SCRIPT], skipped=[])
     assert not reader.all("script")

@@ -7,6 +7,8 @@ A leak is an accuracy above both the majority rate and the control: the same att
 labels shuffled *within* each class, so that every class gets the same mix of labels and nothing of
 the attribute is left to learn.
 
+Rows that are symbols get marks of their levels beside their numbers, for pooled models' sake.
+
 Shapes: ``T`` tokens of one sentence, ``S`` sentences, ``d`` width of a row, ``C`` classes.
 """
 
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from privtune_flwr.audit.attacks.base import Tell, silent
+from privtune_flwr.audit.attacks.levels import Levels
 from privtune_flwr.audit.measure import Figure, ratio_figures
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ _WIDTH = 64
 _BATCH = 32
 _HELD_OUT = 0.15
 _PATIENCE = 3
+_MARKS = 512  # of levels beside a row's numbers
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def infer_attribute(
     classes, number = np.unique(own, return_counts=True)
     if len(classes) < 2 or number.min() < 5:
         raise ValueError("the attacker needs two classes and five sentences of each at least")
+    train_rows, test_rows = _with_levels(train_rows, test_rows)
     fake = shuffled_within_classes(own, np.random.default_rng(seed))
     majority = float(np.bincount(victims - victims.min()).max() / len(victims))
     results = []
@@ -145,6 +150,17 @@ def shuffled_within_classes(labels: Labels, rng: np.random.Generator) -> Labels:
     # Any run of consecutive places holds all classes in their proportions.
     fake[np.argsort(place)] = np.sort(labels)
     return fake
+
+
+def _with_levels(own: Rows, victims: Rows) -> tuple[Rows, Rows]:
+    """Put marks of levels beside symbols' numbers: pooled, they count how often each occurs."""
+    levels = Levels.of(np.concatenate(own))
+    if levels is None or sum(levels.sizes) > _MARKS:
+        return own, victims
+    marked = [
+        [np.concatenate([r, levels.one_hot(r)], axis=1) for r in rows] for rows in (own, victims)
+    ]
+    return marked[0], marked[1]
 
 
 def _pool_mean(rows: Rows) -> NDArray[np.float32]:

@@ -24,7 +24,7 @@ from privtune_flwr.audit.linkage import linkage
 from privtune_flwr.audit.measure import Figure, measure
 from privtune_flwr.audit.operator import AuditError, open_run
 from privtune_flwr.audit.parts import Parts
-from privtune_flwr.audit.plan import Preset, attacks_on_tokens
+from privtune_flwr.audit.plan import Kind, Preset, attacks_on_tokens
 from privtune_flwr.audit.repeats import (
     Averaged,
     average_releases,
@@ -52,7 +52,7 @@ class Auditor:
     folder : Path
         The run's.
     preset : Preset
-        Sizes.
+        Sizes: one of :data:`~privtune_flwr.audit.plan.PRESETS`, or any other.
     seed : int
         Of the draw of sentences and of learned attackers.
     only : sequence of str
@@ -102,8 +102,8 @@ class Auditor:
             "seed": seed,
         }
         self.parts = Parts(folder / "audit" / "parts", common, fresh=fresh)
-        self.attacks = self._chosen(only)
         self.skipped: list[dict[str, str]] = []
+        self.attacks = self._chosen(only)
         self._knowledge: dict[Level, Knowledge] = {}
 
     @cached_property
@@ -160,21 +160,31 @@ class Auditor:
         yield "attributes", partial(keep, "attributes", self._attributes)
         yield "repeats", partial(keep, "repeats", self._repeats)
         yield "side channels", partial(keep, "side_channels", self._side_channels)
+        if not self.preset.canaries:
+            why = "no leak is planted in this audit: nothing shows that it would see one"
+            self.skipped.append({"key": "canaries", "why": why})
         for name in self.preset.canaries:
             yield f"canary {name}", partial(add, "canaries", partial(self._canary, name))
 
     def _chosen(self, only: Sequence[str]) -> list[Attack]:
-        attacks = list(
-            attacks_on_tokens(
-                self.preset,
-                discrete=self.cloud.mechanism.channel() is not None,
-                in_domain=bool(self.evidence.in_domain.ids),
-                seed=self.seed,
-            )
-        )
+        kind = Kind.of(self.cloud.mechanism, self.cloud.bottom.hidden_size, self.released)
+        own = bool(self.evidence.in_domain.ids)
+        attacks, skipped = attacks_on_tokens(self.preset, kind, in_domain=own, seed=self.seed)
+        for attack, why in skipped:
+            if not only or any(fnmatch(attack.key, p) for p in only):
+                self.skipped.append(
+                    {
+                        "key": attack.key,
+                        "name": attack.name,
+                        "family": attack.family,
+                        "level": attack.level,
+                        "why": why,
+                    }
+                )
         keys = [a.key for a in attacks]
+        known = [*keys, *(s["key"] for s in self.skipped)]
         for pattern in only:
-            if not any(fnmatch(key, pattern) for key in keys):
+            if not any(fnmatch(key, pattern) for key in known):
                 raise AuditError(f"attack {pattern!r}: fits none of {', '.join(keys)}")
         return [a for a in attacks if not only or any(fnmatch(a.key, p) for p in only)]
 
@@ -233,7 +243,7 @@ class Auditor:
                 self.released.rows,
                 labels,
                 seed=self.seed,
-                quick=self.preset.name == "quick",
+                quick=self.preset.name != "full",
                 tell=tell,
             )
             return {
@@ -258,6 +268,10 @@ class Auditor:
 
     def _repeats(self, tell: Tell) -> dict[str, Any]:
         size = self.preset.repeats
+        if not size:
+            why = "repeated releases and linkage: not in this audit"
+            self.skipped.append({"key": "repeats", "why": why})
+            return {}
 
         def compute() -> dict[str, Any]:
             ids = self.evidence.text.ids[:size]

@@ -3,7 +3,8 @@
 One cloud, one knowledge: bottom model, tokenizer, public text and, from the level ``adaptive`` on,
 the mechanism with all its parameters. Only the devices' secrets are never here.
 
-Shapes: ``T`` tokens of one sentence, ``N`` rows, ``d`` hidden size, ``V`` vocabulary.
+Shapes: ``T`` tokens of one sentence, ``N`` rows, ``d`` hidden size, ``r`` width of a released row,
+``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from privtune_flwr.audit.attacks.base import Level
 from privtune_flwr.privacy.privtune.posterior import ShiftPosterior
+from privtune_flwr.privacy.released import ReleasedLaw, released_law
 
 if TYPE_CHECKING:
     from privtune_flwr.models import BottomModel
@@ -32,7 +34,7 @@ _COVARIANCE_TOKENS = 40_000
 class Pair(NamedTuple):
     """One sentence of the attacker's own: what would have been released, and its tokens."""
 
-    rows: NDArray[np.float32]  # (T, d)
+    rows: NDArray[np.float32]  # (T, d), or (T, r) once released
     ids: NDArray[np.int32]  # (T,)
 
 
@@ -68,6 +70,14 @@ class Knowledge:
     def aware(self) -> bool:
         """Whether the mechanism is known."""
         return self.level != "unaware"
+
+    @property
+    def additive(self) -> bool:
+        """Whether the attacker may take rows for clean ones plus a shift and noise.
+
+        The unaware one always does.
+        """
+        return not self.aware or self.mechanism.additive
 
     @cached_property
     def shift(self) -> NDArray[np.float32] | None:
@@ -111,7 +121,9 @@ class Knowledge:
 
     @property
     def means(self) -> NDArray[np.float32]:
-        """Where the attacker expects released rows of each token, (V, d)."""
+        """Where the attacker expects released rows of each token, (V, r)."""
+        if not self.additive:
+            return self._law.means_VR
         if self.shift is None:
             return self.clean_means
         return self.clean_means + self.shift
@@ -123,6 +135,8 @@ class Knowledge:
         """
         if self.level == "adaptive":
             return ShiftPosterior.fit(self.mechanism, self.public)
+        if not self.additive:
+            return ShiftPosterior(self._law.means_VR, self._law.covariance_RR, self.prior)
         covariance_DD = self._covariance(_COVARIANCE_TOKENS)
         return ShiftPosterior(self.means, covariance_DD, self.prior)
 
@@ -141,6 +155,12 @@ class Knowledge:
             :meth:`perturb`.
         """
         return [Pair(self.perturb(p, i), p.ids) for i, p in enumerate(self.clean(tokens, seed))]
+
+    def released(self, tokens: int) -> list[Pair]:
+        """Give pairs as :meth:`pairs` does, drawn once and shared by the attacks that ask."""
+        if tokens not in self._released:
+            self._released[tokens] = self.pairs(tokens)
+        return self._released[tokens]
 
     def clean(self, tokens: int, seed: int = 0) -> list[Pair]:
         """Give clean pairs; see :meth:`pairs`."""
@@ -168,6 +188,19 @@ class Knowledge:
             return pair.rows
         rng = np.random.default_rng([7, *identity])
         return self.mechanism.perturb(pair.rows, pair.ids, rng)
+
+    @cached_property
+    def _law(self) -> ReleasedLaw:
+        """Means and covariance of a mechanism that is not additive, from own releases."""
+        own = (
+            (self.perturb(Pair(rows, ids), 5, n), ids)
+            for n, (rows, ids) in enumerate(zip(self._clean_in_domain, self.in_domain, strict=True))
+        )
+        return released_law(self.mechanism, self.public, rows=_COVARIANCE_TOKENS, own=own)
+
+    @cached_property
+    def _released(self) -> dict[int, list[Pair]]:
+        return {}
 
     @cached_property
     def _clean_in_domain(self) -> list[NDArray[np.float32]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from privtune_flwr.privacy.public import PublicKnowledge
 
 _FIT_ROWS = 10_000
+_EXPECTED_FROM = 4  # releases whose mean stands for what is expected of a row
 _RIDGE = 1e-6
 
 
@@ -113,25 +114,38 @@ class _PairSpace:
 def _pair_space(mechanism: Mechanism, public: PublicKnowledge) -> _PairSpace:
     from sklearn.covariance import ledoit_wolf
 
-    clean = public.rows(_FIT_ROWS)
-    shift_VD = mechanism.shift()
-    expected_ND = np.array(clean.values, dtype=np.float64)
-    if shift_VD is not None:
-        expected_ND += shift_VD[clean.ids]
-    ends = np.cumsum(clean.lengths)[:-1]
-    sentences = zip(np.split(clean.values, ends), np.split(clean.ids, ends), strict=True)
-    rng = np.random.default_rng(0)  # the attacker's own simulation: not secret
-    released_ND = np.concatenate([mechanism.perturb(v, i, rng) for v, i in sentences])
+    released_ND, expected_ND = _own_releases(mechanism, public)
     # Shrunk: where the noise is strong, errors of a plain estimate would exceed what is matched.
     noise_DD, _ = ledoit_wolf(released_ND - expected_ND, assume_centered=True)
-    signal_DD = np.cov(expected_ND, rowvar=False)
-    # Without noise this ridge makes the match the nearest one.
-    noise_DD += _RIDGE * np.mean(np.diag(signal_DD)) * np.eye(len(signal_DD))
+    signal_DD = np.atleast_2d(np.cov(expected_ND, rowvar=False))
+    # Without noise this ridge makes the match the nearest one; rows that are all alike have none.
+    noise_DD += (_RIDGE * np.mean(np.diag(signal_DD)) or _RIDGE) * np.eye(len(signal_DD))
     variance_D, axes_DD = eigh(signal_DD, noise_DD)
     v_D = np.maximum(variance_D, 0)
     # log N([a, b]; [[v+1, v], [v, v+1]]) - log N([a, b]; (v+1) I), without constants.
     square_D = -((v_D + 1) / (2 * v_D + 1) - 1 / (v_D + 1)) / 2
     return _PairSpace(expected_ND.mean(axis=0), axes_DD, v_D / (2 * v_D + 1), square_D)
+
+
+def _own_releases(
+    mechanism: Mechanism, public: PublicKnowledge
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.float64]]:
+    """Release public text, (N, d), and give what was to be expected of each row, (N, d)."""
+    clean = public.rows(_FIT_ROWS)
+    ends = np.cumsum(clean.lengths)[:-1]
+    sentences = list(zip(np.split(clean.values, ends), np.split(clean.ids, ends), strict=True))
+    rng = np.random.default_rng(0)  # the attacker's own simulation: not secret
+    released_ND = np.concatenate([mechanism.perturb(v, i, rng) for v, i in sentences])
+    if mechanism.additive:
+        shift_VD = mechanism.shift()
+        expected_ND = np.array(clean.values, dtype=np.float64)
+        if shift_VD is not None:
+            expected_ND += shift_VD[clean.ids]
+        return released_ND, expected_ND
+    total_ND = np.zeros(released_ND.shape)
+    for _ in range(_EXPECTED_FROM):
+        total_ND += np.concatenate([mechanism.perturb(v, i, rng) for v, i in sentences])
+    return released_ND, total_ND / _EXPECTED_FROM
 
 
 def _keyed_release(

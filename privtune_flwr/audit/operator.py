@@ -22,6 +22,7 @@ from privtune_flwr.config import RunConfig, load_run_config
 from privtune_flwr.data import tokenise
 from privtune_flwr.device import Chunk, open_holdings, open_home, simulated_root
 from privtune_flwr.errors import PrivTuneError
+from privtune_flwr.learned import adopt_learned
 from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.training.store import Key, SmashedStore
 
@@ -71,7 +72,8 @@ def open_run(folder: Path) -> tuple[RunConfig, CloudSide, SmashedStore]:
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = load_run_config(saved["config"])
     cloud = prepare_cloud(config)
-    store = SmashedStore(folder / "store", hidden=cloud.bottom.hidden_size, dtype=cloud.store_dtype)
+    adopt_learned(cloud, folder)
+    store = SmashedStore(folder / "store", hidden=cloud.width, dtype=cloud.store_dtype)
     if not any(c.split == "train" for c in store):
         raise AuditError(f"{folder}: no device released anything")
     return config, cloud, store

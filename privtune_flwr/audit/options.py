@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-PresetName = Literal["quick", "full"]
+PresetName = Literal["quick", "full", "frontier"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class AuditOptions:
 
     Attributes
     ----------
-    preset : {"quick", "full"}
+    preset : {"quick", "full", "frontier"}
     seed : int
         Of the draw of sentences.
     only : sequence of str

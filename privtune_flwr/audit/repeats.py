@@ -61,6 +61,9 @@ class Averaged(Mechanism):
         super().__init__(MechanismSpec(self.name, params, mechanism.spec.artefact))
         self.mechanism = mechanism
         self.releases = releases
+        # as the class's, of which it is a view; a mechanism that reads tokens keeps its own model
+        self.additive = mechanism.additive  # type: ignore[misc]
+        self.reads = mechanism.reads  # type: ignore[misc]
 
     @classmethod
     def design(cls, config: PrivacyConfig, public: PublicKnowledge, folder: Path) -> NoReturn:
@@ -84,6 +87,10 @@ class Averaged(Mechanism):
         words = f"{self.releases} releases of the same sentence, each so: {one.statement}"
         return Guarantee(one.metric, one.adversary, self.eta_max, words)
 
+    def width(self, hidden_size: int) -> int:
+        """Averaging keeps the width."""
+        return self.mechanism.width(hidden_size)
+
     def shift(self) -> NDArray[np.floating[Any]] | None:
         """Averaging leaves the known mean of the noise as it is."""
         return self.mechanism.shift()
@@ -91,10 +98,10 @@ class Averaged(Mechanism):
     def _perturb(
         self, hidden_TD: NDArray[np.float64], ids_T: NDArray[np.int64], rng: np.random.Generator
     ) -> NDArray[np.float64]:
-        total_TD = np.zeros_like(hidden_TD)
+        total_TR = np.zeros((len(hidden_TD), self.width(hidden_TD.shape[1])))
         for _ in range(self.releases):
-            total_TD += self.mechanism.perturb(hidden_TD, ids_T, rng)
-        return total_TD / self.releases
+            total_TR += self.mechanism.perturb(hidden_TD, ids_T, rng)
+        return total_TR / self.releases
 
 
 @dataclass(frozen=True)

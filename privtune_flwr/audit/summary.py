@@ -73,7 +73,9 @@ def summarise(auditor: Auditor, found: dict[str, Any], *, show_text: bool) -> di
             "final": results.get("final"),
             "privacy": results.get("privacy") or _promised(auditor),
         },
-        "valid": not failed,
+        # without a planted leak nothing is known either way
+        "checked": bool(found["canaries"]),
+        "valid": not failed if found["canaries"] else None,
         "invalid_because": because,
         "preset": auditor.preset.name,
         "evidence": {
@@ -132,7 +134,7 @@ def best_attacks(
 
 def headline(audit: dict[str, Any]) -> str:
     """Say in one sentence how much text came out, the strongest attacker first."""
-    if not audit["valid"]:
+    if audit["valid"] is False:
         return "This audit is INVALID: it missed a planted leak, or found one where there was none."
     if not audit["best"]:
         return "No attack on tokens was run."

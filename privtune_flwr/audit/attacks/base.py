@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from privtune_flwr.audit.knowledge import Knowledge
+    from privtune_flwr.audit.knowledge import Knowledge, Pair
 
 Level = Literal["unaware", "adaptive", "in-domain"]
 LEVELS: dict[Level, str] = {
@@ -154,6 +154,13 @@ class PosteriorAttack(Attack):
         return self._log_prior_V
 
     _log_prior_V: NDArray[np.float64]
+
+    def held_out(self, knowledge: Knowledge) -> list[Pair] | None:
+        """Give own releases it was not fitted on; ``None`` where it does not matter.
+
+        By them :class:`~privtune_flwr.audit.attacks.context.Context` judges how far to believe it.
+        """
+        return None
 
     def guess(self, released: Released, k: int = 1, tell: Tell = silent) -> list[NDArray[np.int64]]:
         """List the likeliest tokens by the posterior."""

@@ -52,6 +52,11 @@ class Context(Attack):
         self._inner = inner
 
     @property
+    def inner(self) -> PosteriorAttack:
+        """The attack that reads rows."""
+        return self._inner
+
+    @property
     def name(self) -> str:
         """``context-bigram+<inner>``."""
         return f"context-bigram+{self._inner.name}"
@@ -88,7 +93,9 @@ class Context(Attack):
 
     def _choose(self, knowledge: Knowledge, tell: Tell) -> float:
         """Try exponents on own releases, with bigrams that have not seen those sentences."""
-        pairs = knowledge.pairs(_TRIED_TOKENS, seed=_TRIED_SENTENCES_SEED)
+        pairs = self._inner.held_out(knowledge)
+        if pairs is None:
+            pairs = knowledge.pairs(_TRIED_TOKENS, seed=_TRIED_SENTENCES_SEED)
         tried = {pair.ids.tobytes() for pair in pairs}
         general, own = (
             [s for s in text if np.asarray(s).tobytes() not in tried]

@@ -108,10 +108,18 @@ class Learned(PosteriorAttack):
         }
 
     def fit(self, knowledge: Knowledge, released: Released, tell: Tell = silent) -> None:
-        """Train on the attacker's own text; the released rows are not looked at."""
+        """Train on the attacker's own text; the released rows are not looked at.
+
+        Raises
+        ------
+        ValueError
+            If the mechanism is known not to add noise to rows: then there is no such start.
+        """
+        if not knowledge.additive:
+            raise ValueError(f"{knowledge.mechanism.name} is not additive: use FromScratch")
         self._log_prior_V = np.log(knowledge.prior)
         pairs = knowledge.clean(self._tokens)
-        held_out, training = _divided(pairs)
+        held_out, training = divided(pairs)
         validation = [p._replace(rows=knowledge.perturb(p, 0, i)) for i, p in enumerate(held_out)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
@@ -194,7 +202,7 @@ class Learned(PosteriorAttack):
                 yield self._model.padded(rows), self._model.truth([pairs[i] for i in chosen])
 
 
-def _divided(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+def divided(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     """Hold the first sentences out: in-domain ones where there are any, drawn at random else."""
     ends = np.cumsum([len(p.ids) for p in pairs])
     wanted = min(_HELD_OUT * ends[-1], _HELD_OUT_TOKENS)

@@ -153,7 +153,9 @@ class NearestEntries:
 
 def _whitening(rows_ND: NDArray[Any]) -> torch.Tensor:
     """Give W with unit covariance of rows @ W; a ridge keeps few rows from spoiling it."""
-    covariance_DD = np.cov(np.asarray(rows_ND, dtype=np.float64), rowvar=False)
-    covariance_DD += _RIDGE * np.mean(np.diag(covariance_DD)) * np.eye(len(covariance_DD))
+    covariance_DD = np.atleast_2d(np.cov(np.asarray(rows_ND, dtype=np.float64), rowvar=False))
+    # rows that are all alike have no direction to whiten
+    ridge = _RIDGE * np.mean(np.diag(covariance_DD)) or 1.0
+    covariance_DD += ridge * np.eye(len(covariance_DD))
     factor_DD = np.linalg.cholesky(covariance_DD)
     return torch.tensor(np.linalg.inv(factor_DD).T, dtype=torch.float32)

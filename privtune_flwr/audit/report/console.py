@@ -11,13 +11,16 @@ from rich.text import Text
 
 from privtune_flwr.audit.report.view import (
     FLOORS,
+    NOT_APPLICABLE,
     Audit,
     by_family,
     floor_of,
     levels_of,
     measure,
+    not_applicable,
     percent,
     strongest,
+    verdict,
 )
 
 
@@ -29,11 +32,17 @@ def audit_table(audit: Audit) -> Table:
     for level in levels:
         table.add_column(Text(level), justify="right")
     best = {level: strongest(audit, level) for level in levels}
+    skipped = not_applicable(audit)
     for family, rows in by_family(audit).items():
         table.add_section()
         table.add_row(Text(family, style="dim"))
         for name, by_level in rows.items():
-            cells = [_cell(by_level.get(level), best[level]) for level in levels]
+            cells = [
+                Text(NOT_APPLICABLE, style="dim")
+                if f"{name}@{level}" in skipped
+                else _cell(by_level.get(level), best[level])
+                for level in levels
+            ]
             table.add_row(Text(f"  {name}"), *cells)
     table.add_section()
     for key, floor in (audit.get("floors") or {}).items():
@@ -107,8 +116,10 @@ def _strongest(audit: Audit, level: str) -> str:
 
 
 def _verdict(audit: Audit) -> Text:
-    valid = audit.get("valid") is True
-    return Text("valid", style="green") if valid else Text("INVALID", style="bold red")
+    said = verdict(audit)
+    if said == "unchecked":
+        return Text("unchecked: no leak was planted", style="yellow")
+    return Text("valid", style="green") if said == "valid" else Text("INVALID", style="bold red")
 
 
 def _lines(audit: Audit) -> list[tuple[str, str]]:
@@ -133,5 +144,11 @@ def _lines(audit: Audit) -> list[tuple[str, str]]:
         lines.append(("canaries", said))
     skipped = audit.get("skipped") or ()
     if skipped:
-        lines.append(("left out", ", ".join(str(s["key"]) for s in skipped)))
+        apart = not_applicable(audit)
+        left = [str(s["key"]) for s in skipped if s["key"] not in apart]
+        if left:
+            lines.append(("left out", ", ".join(left)))
+        for why in dict.fromkeys(apart.values()):
+            keys = ", ".join(key for key, reason in apart.items() if reason == why)
+            lines.append((keys, why))
     return lines

@@ -73,7 +73,9 @@ def _context(audit: Mapping[str, Any]) -> dict[str, Any]:
         "evidence": audit.get("evidence") or {},
         "floors": audit.get("floors") or {},
         "repeats": audit.get("repeats") or {},
-        "valid": audit.get("valid") is True,
+        "verdict": view.verdict(audit),
+        "valid": view.verdict(audit) == "valid",
+        "invalid": view.verdict(audit) == "invalid",
         "levels": view.levels_of(audit),
         "panels": _panels(audit),
         "families": view.by_family(audit),
@@ -82,6 +84,7 @@ def _context(audit: Mapping[str, Any]) -> dict[str, Any]:
             for level in view.levels_of(audit)
             if (attack := view.strongest(audit, level)) is not None
         },
+        "apart": view.not_applicable(audit),
         "skipped": {s["key"]: s.get("why", "") for s in audit.get("skipped") or ()},
         "readings": readings,
         "readers": sorted({reading.attack for reading in readings}),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from privtune_flwr.audit.attacks.base import LEVELS
 
@@ -38,8 +38,9 @@ FAMILIES = {
     "learned": "Learned inversion",
     "optimisation": "Optimisation",
     "context": "With context",
-    "exact": "Exact",
+    "exact": "Tables",
 }
+NOT_APPLICABLE = "not applicable"
 
 
 def value(figure: Any) -> float | None:
@@ -118,11 +119,29 @@ def by_family(audit: Audit) -> dict[str, dict[str, dict[str, Mapping[str, Any]]]
     table: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
     order = list(FAMILIES)
     rank = {family: order.index(family) for family in order}
-    for attack in sorted(attacks_of(audit), key=lambda a: rank.get(a.get("family", ""), len(rank))):
+    # an attack that could not be run has a row too, so that nobody takes it for forgotten
+    apart = [s for s in audit.get("skipped") or () if s.get("name")]
+    found = [*attacks_of(audit), *apart]
+    for attack in sorted(found, key=lambda a: rank.get(a.get("family", ""), len(rank))):
         family = str(attack.get("family") or "other")
         rows = table.setdefault(FAMILIES.get(family, family.capitalize()), {})
-        rows.setdefault(str(attack["name"]), {})[str(attack["level"])] = attack
+        row = rows.setdefault(str(attack["name"]), {})
+        if "why" not in attack:
+            row[str(attack["level"])] = attack
     return table
+
+
+def not_applicable(audit: Audit) -> dict[str, str]:
+    """Give the attacks that make no sense on this release, and why."""
+    skipped = audit.get("skipped") or ()
+    return {str(s["key"]): str(s.get("why", "")) for s in skipped if s.get("name")}
+
+
+def verdict(audit: Audit) -> Literal["valid", "invalid", "unchecked"]:
+    """Say whether the audit passed its own checks; ``unchecked`` if it had none."""
+    if audit.get("valid") is True:
+        return "valid"
+    return "unchecked" if audit.get("checked") is False else "invalid"
 
 
 @dataclass
