@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.audit_tables import attribute_table, family_table, recovery_table
+from simulations.frontier.tables import TABLES as FRONTIER
 from simulations.headline import table
 from simulations.study import RESULTS
 
@@ -89,6 +90,30 @@ def attributes() -> str:
     return attribute_table(_load("audited.json")["rows"])
 
 
+def _of_frontier(make: Callable[[list[dict[str, Any]]], str]) -> Callable[[], str]:
+    return lambda: make(_load("frontier.json")["rows"])
+
+
+def device_cost() -> str:
+    """Give what a sentence costs a device."""
+    lines = [
+        "| mechanism | cut | bottom model, ms | mechanism, ms | ratio | artefact, MB "
+        "| peak memory, MB | set-up, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in _load("device_cost.json")["rows"]:
+        if "skipped" in row:
+            lines.append(f"| {row['name']} | {row['cut']} | {row['skipped']} | | | | | |")
+            continue
+        setup = f"{row['setup_seconds']:.0f}" if "setup_seconds" in row else ""
+        lines.append(
+            f"| {row['name']} | {row['cut']} | {row['bottom_ms']:.2f} | {row['mechanism_ms']:.2f} "
+            f"| {row['ratio']:.2f} | {row['artefact_bytes'] / 1e6:.1f} "
+            f"| {row['peak_memory_bytes'] / 1e6:.0f} | {setup} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 _TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "transport": transport,
@@ -96,6 +121,8 @@ _TABLES: dict[str, Callable[[], str]] = {
     "audited": audited,
     "families": families,
     "attributes": attributes,
+    "device-cost": device_cost,
+    **{name: _of_frontier(make) for name, make in FRONTIER.items()},
 }
 
 

@@ -88,13 +88,13 @@ def run_study(
             progress.update(task, description=f"{title}: {case.name}")
             with contextlib.suppress(Timeout), FileLock(runs / f"{case.name}.lock", timeout=0):
                 # a case that another process works on right now is left to it
-                if case.name not in {row["name"] for row in _rows(target)}:
+                if case.name not in {row["name"] for row in stored_rows(target)}:
                     folder = _run(case, runs, superlink, app)
                     if measure is not None:
                         row = {"name": case.name, "command": command, **_figures(folder, measure)}
-                        _add_row(target, row, extra or {})
+                        add_row(target, row, extra or {})
             progress.advance(task)
-    return _rows(target)
+    return stored_rows(target)
 
 
 def _figures(folder: Path, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -117,17 +117,18 @@ def _run(case: Case, runs: Path, superlink: SuperLink, app: Path) -> Path:
     )
 
 
-def _rows(target: Path) -> list[dict[str, Any]]:
+def stored_rows(target: Path) -> list[dict[str, Any]]:
+    """Read a study's rows; none where it has not begun."""
     if not target.exists():
         return []
     rows: list[dict[str, Any]] = json.loads(target.read_text(encoding="utf-8"))["rows"]
     return rows
 
 
-def _add_row(target: Path, row: dict[str, Any], facts: Mapping[str, Any]) -> None:
+def add_row(target: Path, row: dict[str, Any], facts: Mapping[str, Any]) -> None:
     """Add a row under a lock, so that two processes can share a study's cases."""
     with FileLock(target.with_suffix(".lock")):
-        rows = sorted([*_rows(target), row], key=lambda r: str(r["name"]))
+        rows = sorted([*stored_rows(target), row], key=lambda r: str(r["name"]))
         kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
         content = {**kept, **facts, "rows": rows}
         write_text(target, json.dumps(content, indent=1, sort_keys=True) + "\n")

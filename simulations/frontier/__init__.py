@@ -1,0 +1,1 @@
+"""The frontier study: every mechanism at several strengths, accuracy beside what is read."""
