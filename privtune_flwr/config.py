@@ -94,8 +94,9 @@ class PrivacyConfig(Section):
     """What happens to a representation before it leaves the device.
 
     ``noise`` is E||r u|| in units (median distance of a bank entry to its nearest neighbour);
-    ``eta`` overrides it when positive. The parameters from ``hops`` on are PrivTune's
-    (*reconstruction*, see privtune_flwr/privacy/privtune/mechanism.py).
+    ``eta`` overrides it when positive. The parameters from ``hops`` to ``decoder`` are PrivTune's
+    (*reconstruction*, see privtune_flwr/privacy/privtune/mechanism.py). What belongs to another
+    mechanism or family has a section of its own.
     """
 
     mechanism: str = Field("bottleneck", min_length=1)

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from device_kit import Device
+from learned_kit import ToyLearned, ToyLearner
 from tiny_models import one_thread
 
 from privtune_flwr.assets import model_folder
 from privtune_flwr.bundle import BundleCache, Manifest
 from privtune_flwr.models import CutModel, cut_model
+from privtune_flwr.privacy import registry
+from privtune_flwr.privacy.learning import State
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,17 @@ def make_device(
         return Device(tmp_path_factory.mktemp("home"), bundles, manifest.id, dashed, run or {})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def registered() -> Iterator[None]:
+    """Have the toy of a learned mechanism in the registry."""
+    registry.register_mechanism(ToyLearned)
+    yield
+    del registry._MECHANISMS[ToyLearned.name]
+
+
+@pytest.fixture(scope="module")
+def state(minilm: CutModel) -> State:
+    """What the toy's learning starts from."""
+    return ToyLearner(minilm.bottom, 2).start()

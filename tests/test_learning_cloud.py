@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from learned_kit import (
     DRAFT,
     WIDTH,
-    ToyLearned,
     ToyLearner,
     Wire,
     fleet_of,
@@ -34,14 +33,12 @@ from privtune_flwr.data import tokenise
 from privtune_flwr.errors import InvalidReplyError, RunError
 from privtune_flwr.learned import adopt_learned, load_state
 from privtune_flwr.models import CutModel
-from privtune_flwr.privacy import registry
 from privtune_flwr.privacy.base import MechanismError
 from privtune_flwr.privacy.learned_update import (
     check_change,
     learning_statement,
     privatise,
 )
-from privtune_flwr.privacy.learning import State
 from privtune_flwr.privacy.mods import FAILED
 from privtune_flwr.protocol import (
     LEARN,
@@ -53,23 +50,6 @@ from privtune_flwr.training.averaging import federate_in_process
 from strategies.learning import LearningPhase, learning_terms
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "registered")
-
-
-@pytest.fixture(scope="module")
-def registered() -> Iterator[None]:
-    registry.register_mechanism(ToyLearned)
-    yield
-    del registry._MECHANISMS[ToyLearned.name]
-
-
-@pytest.fixture(scope="module")
-def device(make_device: MakeDevice, registered: None) -> Device:
-    return make_device(run=FEW, **LEARNS)
-
-
-@pytest.fixture(scope="module")
-def state(minilm: CutModel) -> State:
-    return ToyLearner(minilm.bottom, 2).start()
 
 
 # ------------------------------------------------------------------------------- in the cloud

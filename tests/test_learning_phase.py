@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from flwr.clientapp import ClientApp
 from learned_kit import (
     DRAFT,
     WIDTH,
-    ToyLearned,
     ToyLearner,
 )
 from learning_kit import FEW, LEARNS, MakeDevice, ask, flat, request, update_of
@@ -24,8 +23,6 @@ from scipy import stats
 
 from privtune_flwr import client_app
 from privtune_flwr.errors import InvalidReplyError
-from privtune_flwr.models import CutModel
-from privtune_flwr.privacy import registry
 from privtune_flwr.privacy.learned_update import (
     norm_of,
 )
@@ -46,20 +43,8 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread", "registered")
 
 
 @pytest.fixture(scope="module")
-def registered() -> Iterator[None]:
-    registry.register_mechanism(ToyLearned)
-    yield
-    del registry._MECHANISMS[ToyLearned.name]
-
-
-@pytest.fixture(scope="module")
 def device(make_device: MakeDevice, registered: None) -> Device:
     return make_device(run=FEW, **LEARNS)
-
-
-@pytest.fixture(scope="module")
-def state(minilm: CutModel) -> State:
-    return ToyLearner(minilm.bottom, 2).start()
 
 
 # ------------------------------------------------------------------------------- what leaves

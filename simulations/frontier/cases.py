@@ -58,20 +58,17 @@ def _privtune(noise: float, **others: Scalar) -> dict[str, Scalar]:
 
 
 def bottleneck(
-    width: int, levels: int, *, adversary: float = 0.0, warm: str = "none", cut: int = 2
+    width: int, levels: int, *, warm: str = "none", cut: int = 2
 ) -> tuple[str, tuple[str, Settings]]:
     """Name a bottleneck and give its strength and settings."""
     name = f"bottleneck-{width}x{levels}"
     label = f"{width} x {levels} levels"
-    if adversary:
-        name, label = f"{name}-adversary{adversary:g}", f"{label}, adversary {adversary:g}"
     if warm != "none":
         name, label = f"{name}-warm", f"{label}, warm start"
     settings = _of(
         "bottleneck",
         bottleneck__width=width,
         bottleneck__levels=levels,
-        learning__adversary=adversary,
         learning__warm_start=warm,
     )
     if cut != 2:
