@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench frontier lint setup
+.PHONY: demo test bench frontier compare lint setup
 
 # The stamp is newer than pyproject.toml once what it asks for is installed.
 $(VENV)/.installed: pyproject.toml
@@ -35,3 +35,10 @@ bench: setup
 # a second process of the same command shares the work): simulations/results/frontier.json
 frontier: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.frontier
+
+# Split tuning beside federated baselines and bounds on the same text (hours; resumable, and a second
+# process of the same command shares the work): simulations/results/comparison.json and .csv, .md;
+# docs/comparison-*.svg. --plan lists the runs.
+compare: setup
+	OMP_NUM_THREADS=1 $(BIN)/privtune compare comparison --prune \
+		--out simulations/results/comparison.json --figures docs

@@ -20,6 +20,7 @@ from rich.table import Table
 from privtune_flwr.assets import AssetError, fetch_default, list_assets, verify_assets
 from privtune_flwr.assets import asset_folder as fetch_asset
 from privtune_flwr.audit.options import AuditOptions
+from privtune_flwr.compare.axis import Axis
 from privtune_flwr.config import ConfigError, Scalar
 from privtune_flwr.errors import PrivTuneError, RunError
 from privtune_flwr.launcher import app_folder, federate, local_superlink
@@ -200,7 +201,9 @@ def _audit(runs: list[Path], options: AuditOptions) -> None:
         raise typer.Exit(130) from None
     print_audit(audits)
     for run in runs:
-        console.print(f"report: {run / 'audit' / 'audit.html'}", highlight=False, soft_wrap=True)
+        page = run / "audit" / "audit.html"
+        if page.is_file():  # baselines have none
+            console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if any(audit["valid"] is False for audit in audits):
         raise typer.Exit(1)
 
@@ -233,6 +236,66 @@ def _parse_overrides(entries: list[str]) -> dict[str, Scalar]:
             # a bare word is a string, as people type it
             values[key] = text
     return values
+
+
+@main.command()
+def compare(
+    scenario: Annotated[str, typer.Argument(help="A TOML file, or a packaged scenario's name.")],
+    methods: Annotated[str, typer.Option(help="Joined by commas; default: the scenario's.")] = "",
+    seeds: Annotated[str, typer.Option(help="Joined by commas; default: the scenario's.")] = "",
+    axis: Annotated[Axis, typer.Option(help="What methods are equal in, last column.")] = "epochs",
+    budget: Annotated[
+        float | None, typer.Option(help="On that axis; default: the least total.", min=0)
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Run folders; default: runs/compare/SCENARIO.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; CSV and Markdown go beside it.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Pictures' folder; default: beside.")] = None,
+    only: Annotated[str, typer.Option(help="Pattern of run names.")] = "*",
+    prune: Annotated[
+        bool, typer.Option("--prune/--keep", help="Delete what only an audit needs.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="List the runs and their sizes.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Show what is finished.")] = False,
+) -> None:
+    """Run methods x seeds on one scenario, and write one table and the figures to choose by."""
+    with _clear_errors():
+        from privtune_flwr.compare import command
+
+        options = command.CompareOptions(
+            methods=_parts(methods),
+            seeds=[_seed(part) for part in _parts(seeds)],
+            axis=axis,
+            budget=budget,
+            runs=runs,
+            out=out,
+            figures=figures,
+            only=only,
+            prune=prune,
+        )
+        if plan:
+            command.show_plan(command.plan_of(scenario, options), console, only)
+            return
+        try:
+            failed = command.compare(scenario, options, console=console, table_only=table)
+        except KeyboardInterrupt:
+            console.print("what is done is kept: the same command goes on from here")
+            raise typer.Exit(130) from None
+    if failed:
+        raise typer.Exit(1)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"--seeds {text!r}: must be whole numbers joined by commas")
+    return int(text)
 
 
 @main.command()

@@ -15,6 +15,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from privtune_flwr.bundle import BundleError, Manifest
+from privtune_flwr.client_fit import register as register_fit
+from privtune_flwr.client_slow import slow_mod
+from privtune_flwr.client_splitfed import register as register_splitfed
 from privtune_flwr.config import load_run_config
 from privtune_flwr.data import tokenise
 from privtune_flwr.device import DeviceHome, Holdings, held_bottom, open_holdings
@@ -43,7 +46,9 @@ from privtune_flwr.protocol.updates import LEARNER_METRICS, update_header
 
 MAX_LOGIT = 20.0
 
-app = ClientApp(mods=[egress_guard, privacy_mod])
+app = ClientApp(mods=[egress_guard, slow_mod, privacy_mod])
+register_fit(app)
+register_splitfed(app)
 
 
 @app.query("describe")

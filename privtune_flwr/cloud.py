@@ -20,8 +20,9 @@ from datasets import Dataset
 from privtune_flwr.assets import cache_root
 from privtune_flwr.bundle import BundleCache, Manifest
 from privtune_flwr.codec import get_codec
-from privtune_flwr.config import ConfigError, RunConfig
-from privtune_flwr.data import load_public_text, load_source, split_source, tokenise
+from privtune_flwr.config import RunConfig
+from privtune_flwr.data import load_public_text, tokenise
+from privtune_flwr.data.held_out import class_positions, load_test_set
 from privtune_flwr.models import (
     BottomModel,
     CutModel,
@@ -213,13 +214,7 @@ class CloudSide:
         if data.test_source == "none" or data.test_examples == 0:
             return 0
         test = self.load_test_set(labels)
-        names = test.features["label"].names
-        if not set(names) <= set(labels):
-            raise ConfigError(
-                f"data.test-source = {data.test_source!r}: its classes {', '.join(names)} are not "
-                f"the devices' {', '.join(labels)}; allowed: none, or a source with these classes"
-            )
-        position = [list(labels).index(name) for name in names]
+        position = class_positions(test, labels, data)
         ids = tokenise(self.bottom.tokenizer, list(test["text"]), self.config.model.max_length)
         key = b"the cloud's own public test set".ljust(32)
         for chunk, start in enumerate(range(0, len(ids), TEST_CHUNK)):
@@ -261,20 +256,7 @@ class CloudSide:
 
     def load_test_set(self, labels: Sequence[str]) -> Dataset:
         """Load the public test set in the order in which :meth:`add_test_set` sends it."""
-        data, seed = self.config.data, self.config.run.seed
-        held_out = data.test_source == "held-out"
-        source = load_source(
-            data.source if held_out else data.test_source,
-            text_column=data.text_column,
-            label_column=data.label_column,
-            labels=[name for name in data.labels.split(",") if name] if held_out else labels,
-        )
-        if held_out:
-            test = split_source(source, data, seed=seed).test
-            assert test is not None
-            return test
-        order = np.random.default_rng(seed).permutation(len(source))
-        return source.select(order[: data.test_examples])
+        return load_test_set(self.config, labels)
 
 
 def cloud_cache() -> BundleCache:

@@ -13,6 +13,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from privtune_flwr.federated_config import (
+    DP_SGD_STRATEGIES,
+    WHOLE_STRATEGIES,
+    FederatedSection,
+    Strategy,
+)
 from privtune_flwr.mechanism_config import (
     BottleneckSection,
     CellsSection,
@@ -24,6 +30,7 @@ from privtune_flwr.mechanism_config import (
 from privtune_flwr.section import ConfigError as ConfigError
 from privtune_flwr.section import Section as Section
 from privtune_flwr.section import dashed
+from privtune_flwr.simulation_config import SimulationSection
 
 PACKAGED_MODELS = ("minilm", "smollm2")
 PACKAGED_SOURCES = ("movie-snippets", "bbc-news", "20newsgroups", "election-tweets")
@@ -40,7 +47,9 @@ class ModelConfig(Section):
     cut: int = Field(2, ge=0, le=200, description="blocks on the device; 0 = embeddings only")
     head: Literal["native", "mean"] = Field("native", description="the HF class's own, or mean")
     max_length: int = Field(128, ge=4, le=8192, description="tokens a sentence at most")
-    tuning: Literal["full", "lora"] = "full"
+    tuning: Literal["full", "lora", "prompt"] = Field(
+        "full", description="prompt: a soft prompt and the head, with a federated strategy"
+    )
     lora_rank: int = Field(8, ge=1, le=1024)
     lora_alpha: float = Field(16.0, gt=0)
     lora_targets: str = Field("auto", description="auto, or module names joined by commas")
@@ -126,7 +135,7 @@ class TrainConfig(Section):
     fraction: float = Field(1.0, gt=0, le=1, description="devices drawn a round")
     rounds: int = Field(0, ge=0, description="release rounds at most; 0 = until all is released")
     epochs: int = Field(3, ge=1, le=1000, description="passes over every released example")
-    strategy: Literal["split", "stepwise"] = "split"
+    strategy: Strategy = Field("split", description="who trains what, where")
     batch_size: int = Field(32, ge=1, le=4096)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(5e-5, gt=0, le=10)
@@ -138,6 +147,9 @@ class TrainConfig(Section):
     test_every: int = Field(0, ge=0, description="rounds between public tests; 0 = at the end")
     evaluate_every: int = Field(0, ge=0, description="rounds between device evaluations; 0 = end")
     timeout: float = Field(600.0, gt=0, description="seconds a round waits for replies")
+    retries: int = Field(
+        1, ge=0, le=100, description="how often a message that found no answer is sent again"
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the cloud; 0 = all")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
 
@@ -185,7 +197,48 @@ class RunConfig(Section):
     privacy: PrivacyConfig = PrivacyConfig()
     train: TrainConfig = TrainConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    federated: FederatedSection = FederatedSection()
+    simulation: SimulationSection = SimulationSection()
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _prompts_need_a_whole_model(self) -> RunConfig:
+        if self.model.tuning == "prompt" and self.train.strategy not in WHOLE_STRATEGIES:
+            raise ValueError(
+                f"model.tuning = 'prompt' needs train.strategy = {', '.join(WHOLE_STRATEGIES)}; "
+                f"it is {self.train.strategy!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scaffold_and_bounds_work_so(self) -> RunConfig:
+        strategy = self.train.strategy
+        if strategy == "scaffold" and self.train.optimizer != "sgd":
+            raise ValueError(
+                "train.strategy = 'scaffold' needs train.optimizer = 'sgd': control variates are "
+                f"mean gradients, and a step of {self.train.optimizer!r} is none"
+            )
+        private = self.federated.example_privacy
+        if private != "none" and strategy not in DP_SGD_STRATEGIES:
+            raise ValueError(
+                f"federated.example-privacy = {private!r}: train.strategy = {strategy!r} "
+                "does not protect examples; allowed: none, or train.strategy = "
+                f"{', '.join(DP_SGD_STRATEGIES)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _splitfed_releases_clean_rows(self) -> RunConfig:
+        if self.train.strategy != "splitfed":
+            return self
+        if self.privacy.mechanism != "none":
+            raise ValueError(
+                f"privacy.mechanism = {self.privacy.mechanism!r}: train.strategy = 'splitfed' "
+                "trains the bottom model, so each example would be released anew in every epoch "
+                "and its noise averaged away; set privacy.mechanism = 'none' (nothing protects "
+                "the text), or train.strategy = 'split'"
+            )
+        return self
 
 
 def load_run_config(flat: Mapping[str, Scalar]) -> RunConfig:

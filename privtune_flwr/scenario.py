@@ -1,4 +1,4 @@
-"""Scenario files: a federation's size and the run configuration, in one TOML."""
+"""Scenario files: a federation's size, the run configuration and a comparison, in one TOML."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from privtune_flwr.compare.section import CompareSection
 from privtune_flwr.config import (
     ConfigError,
     RunConfig,
@@ -30,12 +31,13 @@ class Federation(Section):
 
 
 class Scenario(Section):
-    """One scenario: ``[federation]`` and ``[config.<section>]``."""
+    """One scenario: ``[federation]``, ``[config.<section>]`` and ``[compare]``."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$")
     description: str = ""
     federation: Federation = Federation()
     config: dict[str, Any] = Field(default_factory=dict)
+    compare: CompareSection = CompareSection()
 
     def run_config(self, overrides: dict[str, Scalar] | None = None) -> RunConfig:
         """Validate the run configuration, with single keys overridden."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from flwr.app import Context
@@ -16,12 +19,16 @@ from privtune_flwr.config import ConfigError, RunConfig, load_run_config
 from privtune_flwr.data import DataError
 from privtune_flwr.device import simulated_root
 from privtune_flwr.errors import CANNOT_START, ENDED, PrivTuneError, RunError
+from privtune_flwr.federated.cloud import prepare_federated
+from privtune_flwr.federated.prompt_files import save_prompt
+from privtune_flwr.federated_config import HARNESS_STRATEGIES
 from privtune_flwr.models import ModelError, export
+from privtune_flwr.results.federated import build_federated_results
 from privtune_flwr.results.figure import draw_learning_curve
 from privtune_flwr.results.report import build_results
-from privtune_flwr.results.run_folder import open_run_folder
+from privtune_flwr.results.run_folder import RunFolder, open_run_folder
 from privtune_flwr.results.table import print_results
-from strategies import SplitTuning, create_strategy
+from strategies import FederatedTuning, SplitTuning, create_federated, create_strategy
 
 app = ServerApp()
 logger = logging.getLogger("privtune.cloud")
@@ -47,9 +54,14 @@ def main(grid: Grid, context: Context) -> None:
     try:
         logger.info("run folder: %s", folder.path)
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
-        strategy = create_strategy(prepare_cloud(config), folder)
-        strategy.start(grid)
-        finish(strategy)
+        if config.train.strategy in HARNESS_STRATEGIES:
+            baseline = create_federated(prepare_federated(config), folder)
+            baseline.start(grid)
+            finish_federated(baseline)
+        else:
+            strategy = create_strategy(prepare_cloud(config), folder)
+            strategy.start(grid)
+            finish(strategy)
     except (PrivTuneError, ConfigError, ModelError, DataError, AssetError) as error:
         folder.write_json("error.json", {"error": str(error)})
         logger.error("%s%s", ENDED, error)
@@ -70,14 +82,32 @@ def finish(strategy: SplitTuning) -> None:
         strategy.progress.steps,
     )
     if strategy.config.run.tensorboard:
-        _write_tensorboard(strategy)
+        _write_tensorboard(folder, strategy.progress.rounds, strategy.progress.steps)
+    _close(folder, results)
+
+
+def finish_federated(strategy: FederatedTuning) -> None:
+    """Save results, figure and the model of a baseline, and print the closing table."""
+    folder = strategy.folder
+    results = build_federated_results(strategy)
+    export(strategy.model.parts, folder.path / "model")
+    save_prompt(strategy.model, folder.path / "model")
+    draw_learning_curve(
+        folder.path / "learning_curve.png", folder.name, strategy.progress.rounds, ()
+    )
+    if strategy.config.run.tensorboard:
+        _write_tensorboard(folder, strategy.progress.rounds, ())
+    _close(folder, results)
+
+
+def _close(folder: RunFolder, results: dict[str, Any]) -> None:
     folder.write_json("results.json", results)
     # homes of simulated devices served this run only; a real device's home is its own
     shutil.rmtree(simulated_root(folder.run_id), ignore_errors=True)
     print_results([results])
-    for device, reason in {**results["devices"]["quarantined"]}.items():
+    for device, reason in results["devices"]["quarantined"].items():
         logger.warning("left out: %s: %s", device, reason)
-    for device, reason in {**results["devices"]["refused"]}.items():
+    for device, reason in results["devices"]["refused"].items():
         logger.warning("refused: %s: %s", device, reason)
     logger.info("results: %s", folder.results)
 
@@ -90,16 +120,24 @@ def _check_extras(config: RunConfig) -> None:
             raise ConfigError(
                 "run.tensorboard = True: needs pip install 'privtune-flwr[tensorboard]'"
             ) from None
+    if config.train.strategy == "bbt" and importlib.util.find_spec("cma") is None:
+        raise ConfigError("train.strategy = 'bbt': needs pip install 'privtune-flwr[blackbox]'")
+    if config.train.strategy == "dp-fedavg" and importlib.util.find_spec("dp_accounting") is None:
+        raise ConfigError(
+            "train.strategy = 'dp-fedavg': its accountant needs pip install 'privtune-flwr[dp]'"
+        )
 
 
-def _write_tensorboard(strategy: SplitTuning) -> None:
+def _write_tensorboard(
+    folder: RunFolder, rounds: Sequence[dict[str, Any]], steps: Sequence[Sequence[float]]
+) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(strategy.folder.path / "tensorboard")) as writer:
-        for step, loss, rate in strategy.progress.steps:
+    with SummaryWriter(str(folder.path / "tensorboard")) as writer:
+        for step, loss, rate in steps:
             writer.add_scalar("train/loss", loss, int(step))
             writer.add_scalar("train/learning_rate", rate, int(step))
-        for record in strategy.progress.rounds:
+        for record in rounds:
             for key in ("test_accuracy", "eval_accuracy"):
                 if key in record:
                     writer.add_scalar(key, record[key], record["round"])

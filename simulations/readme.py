@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from privtune_flwr.compare.table import short_markdown
 from simulations.audit_tables import attribute_table, family_table, recovery_table
 from simulations.frontier.tables import TABLES as FRONTIER
 from simulations.headline import table
@@ -114,6 +115,13 @@ def device_cost() -> str:
     return "\n".join(lines) + "\n"
 
 
+def comparison() -> str:
+    """Hold split tuning against federated baselines and bounds; says so where it was not run."""
+    if not (RESULTS / "comparison.json").exists():
+        return "Not run yet: `make compare`.\n"
+    return short_markdown(_load("comparison.json"))
+
+
 _TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "transport": transport,
@@ -122,6 +130,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "families": families,
     "attributes": attributes,
     "device-cost": device_cost,
+    "comparison": comparison,
     **{name: _of_frontier(make) for name, make in FRONTIER.items()},
 }
 

@@ -8,37 +8,74 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from privtune_flwr.protocol import to_message, wire_bytes
+from strategies.faults import ReplyLoss
 
 logger = logging.getLogger("privtune.cloud")
 
 POLL_SECONDS = 0.1
+TRAINING, PROVISIONING, EVALUATION = "train", "provision", "evaluate"
 # our device's own codes start here; below are Flower's, which speak of transport and crashes
 _OWN_CODES = 100
 
 
 class Traffic:
-    """Bytes and messages of each node, counted on Flower's serialised content."""
+    """Bytes and messages of each node, counted on Flower's serialised content.
+
+    ``up``, ``down`` and ``messages`` are all of it; ``provision_up`` and the like say which part
+    was for provisioning and which for evaluation: the rest is what training takes.
+    """
 
     def __init__(self, totals: dict[str, dict[str, int]]) -> None:
         self.totals = totals
 
-    def add(self, name: str, *, up: int = 0, down: int = 0, messages: int = 0) -> None:
-        """Add to a device's account."""
+    def add(self, name: str, counts: Mapping[str, int], purpose: str = TRAINING) -> None:
+        """Add to a device's account.
+
+        Parameters
+        ----------
+        name : str
+            The device, or the node while it is unknown.
+        counts : Mapping
+            ``up``, ``down``, ``messages``, or another account.
+        purpose : str
+            What the message was for; beside the sums, all but training is counted apart.
+        """
         account = self.totals.setdefault(name, {"up": 0, "down": 0, "messages": 0})
-        account["up"] += up
-        account["down"] += down
-        account["messages"] += messages
+        for key, value in counts.items():
+            account[key] = account.get(key, 0) + value
+            if purpose != TRAINING:
+                apart = f"{purpose}_{key}"
+                account[apart] = account.get(apart, 0) + value
+
+    def training(self) -> dict[str, int]:
+        """Sum what training took so far, over all devices: provisioning and tests are left out.
+
+        Returns
+        -------
+        dict
+            ``bytes_up``, ``bytes_down``, their sum ``bytes``, and ``messages``; cumulative, for a
+            round's record.
+        """
+        up, down, messages = (
+            sum(
+                a.get(key, 0) - a.get(f"{PROVISIONING}_{key}", 0) - a.get(f"{EVALUATION}_{key}", 0)
+                for a in self.totals.values()
+            )
+            for key in ("up", "down", "messages")
+        )
+        return {"bytes": up + down, "bytes_up": up, "bytes_down": down, "messages": messages}
 
     def include(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
         """Add what an earlier start of the run counted."""
         for name, account in accounts.items():
-            self.add(name, **account)
+            self.add(name, account)
 
 
 class Exchange:
@@ -52,16 +89,41 @@ class Exchange:
         Seconds to wait for a group's replies.
     traffic : Traffic
         Where bytes are counted, under the names in ``names``.
+    retries : int
+        How often a message that found no answer is sent again.
+    loss : ReplyLoss, optional
+        Which replies of known devices a simulated network loses. Those count as ``lost``: sent
+        down, not received.
     """
 
-    def __init__(self, grid: Grid, *, timeout: float, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        timeout: float,
+        traffic: Traffic,
+        retries: int = 1,
+        loss: ReplyLoss | None = None,
+    ) -> None:
         self._grid = grid
         self._timeout = timeout
+        self._retries = retries
+        self._loss = loss
         self.traffic = traffic
         self._outstanding: dict[int, Message] = {}
         self._ids: set[str] = set()
         self.names: dict[int, str] = {}
         self.seconds_waited = 0.0
+        self._purpose = TRAINING
+
+    @contextmanager
+    def purpose(self, name: str) -> Iterator[None]:
+        """Count what is sent and received meanwhile as ``name``."""
+        before, self._purpose = self._purpose, name
+        try:
+            yield
+        finally:
+            self._purpose = before
 
     def post(self, messages: Iterable[Message]) -> None:
         """Send a group and return at once.
@@ -80,7 +142,7 @@ class Exchange:
             node = message.metadata.dst_node_id
             self._outstanding[node] = message
             down = wire_bytes(message.content)
-            self.traffic.add(self._name(node), down=down, messages=1)
+            self.traffic.add(self._name(node), {"down": down, "messages": 1}, self._purpose)
         self._ids = {i for i in self._grid.push_messages(messages) if i}
 
     def identify(self, node: int, device: str) -> None:
@@ -88,26 +150,28 @@ class Exchange:
         earlier = self.traffic.totals.pop(self._name(node), None)
         self.names[node] = device
         if earlier:
-            self.traffic.add(device, **earlier)
+            self.traffic.add(device, earlier)
 
     def _name(self, node: int) -> str:
         return self.names.get(node, f"node-{node}")
 
     def collect(self) -> dict[int, Message | None]:
-        """Wait for the group's replies; a message that found no answer is sent once more.
+        """Wait for the group's replies; a message that found no answer is sent again.
 
         Returns
         -------
         dict
-            Node id to its reply; None where none came in time, twice.
+            Node id to its reply; None where none came in time, however often it was asked.
         """
         start = time.monotonic()
         asked = list(self._outstanding)
         replies = self._pull()
-        again = [self._outstanding[node] for node in asked if _lost_on_the_way(replies.get(node))]
-        if again:
-            logger.warning("%d messages found no answer and are sent once more", len(again))
-            self._send([_copy(message) for message in again])
+        for _ in range(self._retries):
+            missing = [node for node in asked if _lost_on_the_way(replies.get(node))]
+            if not missing:
+                break
+            logger.warning("%d messages found no answer and are sent once more", len(missing))
+            self._send([_copy(self._outstanding[node]) for node in missing])
             replies |= self._pull()
         self._outstanding = {}
         self.seconds_waited += time.monotonic() - start
@@ -120,13 +184,23 @@ class Exchange:
             for reply in self._grid.pull_messages(self._ids):
                 self._ids.discard(reply.metadata.reply_to_message_id)
                 node = reply.metadata.src_node_id
+                if self._is_lost(node):
+                    self.traffic.add(self._name(node), {"lost": 1}, self._purpose)
+                    continue
                 replies[node] = reply
                 if reply.has_content():
-                    self.traffic.add(self._name(node), up=wire_bytes(reply.content))
+                    up = {"up": wire_bytes(reply.content)}
+                    self.traffic.add(self._name(node), up, self._purpose)
             if self._ids:
                 time.sleep(POLL_SECONDS)
         self._ids = set()
         return replies
+
+    def _is_lost(self, node: int) -> bool:
+        # who takes part, and the model they start from, are there before the network fails
+        if self._loss is None or node not in self.names or self._purpose == PROVISIONING:
+            return False
+        return self._loss.loses(self.names[node], self._outstanding[node])
 
     def ask(self, messages: Iterable[Message]) -> Mapping[int, Message | None]:
         """Post a group and wait for it."""

@@ -20,8 +20,9 @@ from privtune_flwr.protocol import (
     read_description,
     to_message,
 )
+from privtune_flwr.protocol.fit import JoinRequest
 from privtune_flwr.protocol.requests import INQUIRY
-from strategies.exchange import Exchange, failure
+from strategies.exchange import PROVISIONING, Exchange, failure
 
 logger = logging.getLogger("privtune.cloud")
 
@@ -86,7 +87,7 @@ def wait_for_nodes(grid: Grid, run: RunSection) -> list[int]:
 
 
 def describe(
-    nodes: list[int], request: DescribeRequest, exchange: Exchange
+    nodes: list[int], request: DescribeRequest | JoinRequest, exchange: Exchange
 ) -> tuple[Fleet, dict[str, set[str]]]:
     """Ask every node what it holds and whether it accepts the run's terms.
 
@@ -150,14 +151,15 @@ def provision(
     logger.info("provisioning %.0f MB to %d devices", size, len(lacking))
     parts = count_parts(manifest, PART_BYTES)
     sender = _Sender(fleet, exchange, run_id, manifest.to_json(), parts)
-    for wave in (lacking[:1], lacking[1:]):
-        group = sender.send(wave, INQUIRY, b"") if wave else []
-        for number, data in enumerate(read_parts(folder, manifest, PART_BYTES)):
-            if not group:
-                break
-            group = sender.send(group, number, data)
-        for device in group:
-            fleet.drop(device, "the provisioned bundle is still incomplete")
+    with exchange.purpose(PROVISIONING):
+        for wave in (lacking[:1], lacking[1:]):
+            group = sender.send(wave, INQUIRY, b"") if wave else []
+            for number, data in enumerate(read_parts(folder, manifest, PART_BYTES)):
+                if not group:
+                    break
+                group = sender.send(group, number, data)
+            for device in group:
+                fleet.drop(device, "the provisioned bundle is still incomplete")
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ class LearningPhase:
             "seconds_wire": self._exchange.seconds_waited - waited,
             "seconds_round": time.perf_counter() - begun,
             "absent": absent,
+            **self._exchange.traffic.training(),
         }
         if "loss_sum" in sums:
             # a device may keep its loss to itself: the mean is over those that tell it

@@ -18,13 +18,12 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from privtune_flwr.cloud import TEST_DEVICE, CloudSide
 from privtune_flwr.config import RunConfig
-from privtune_flwr.errors import InvalidReplyError, RunError
+from privtune_flwr.errors import RunError
 from privtune_flwr.learned import adopt_learned
 from privtune_flwr.models import CutModel
 from privtune_flwr.protocol import (
     DescribeRequest,
     EvaluateRequest,
-    read_evaluation,
     to_message,
 )
 from privtune_flwr.results.run_folder import RunFolder
@@ -32,7 +31,9 @@ from privtune_flwr.training import checkpoint
 from privtune_flwr.training.plan import Ask, Plan, make_plan
 from privtune_flwr.training.store import Example, SmashedStore
 from privtune_flwr.training.trainer import TopModelTrainer, accuracy_and_loss
-from strategies.exchange import Exchange, Traffic, failure
+from strategies.evaluation import sum_evaluations
+from strategies.exchange import EVALUATION, Exchange, Traffic
+from strategies.faults import ReplyLoss
 from strategies.fleet import Fleet, describe, provision, wait_for_nodes
 from strategies.intake import Intake, terms_of
 from strategies.learning import learn_first, learning_terms
@@ -109,29 +110,8 @@ class SplitTuning(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Add up the devices' sums; a device that fails here is reported, not dropped."""
-        totals = {"examples": 0.0, "correct": 0.0, "loss_sum": 0.0}
-        for reply in replies:
-            device = self._exchange.names.get(reply.metadata.src_node_id, "unknown")
-            if why := failure(reply):
-                logger.warning("device %s did not evaluate: %s", device, why)
-                continue
-            try:
-                metrics = read_evaluation(reply.content, self.fleet.evaluation.get(device, 0))
-            except InvalidReplyError as error:
-                logger.warning("device %s: evaluation ignored: %s", device, error)
-                continue
-            for key in totals:
-                totals[key] += metrics[key]
-        if not totals["examples"]:
-            return None
-        return MetricRecord(
-            {
-                "eval_examples": int(totals["examples"]),
-                "eval_accuracy": totals["correct"] / totals["examples"],
-                "eval_loss": totals["loss_sum"] / totals["examples"],
-            }
-        )
+        """Add up what devices say of the evaluation examples they hold."""
+        return sum_evaluations(replies, self._exchange, self.fleet)
 
     def summary(self) -> None:
         """Log what is about to happen."""
@@ -178,7 +158,11 @@ class SplitTuning(Strategy):
         """
         started = time.monotonic()
         self._exchange = Exchange(
-            grid, timeout=timeout or self.config.train.timeout, traffic=Traffic({})
+            grid,
+            timeout=timeout or self.config.train.timeout,
+            traffic=Traffic({}),
+            retries=self.config.train.retries,
+            loss=ReplyLoss.of(self.config),
         )
         adopt_learned(self.cloud, self.folder.path)
         self._gather(grid)
@@ -259,7 +243,7 @@ class SplitTuning(Strategy):
             logger.info("resuming after round %d of %d", restored.round, len(self.plan.rounds))
         # traffic of this start goes on top of what the checkpoint counted
         for device, account in self._exchange.traffic.totals.items():
-            Traffic(self.progress.traffic).add(device, **account)
+            Traffic(self.progress.traffic).add(device, account)
         self._exchange.traffic.totals = self.progress.traffic
         for device in counts["train"]:
             changed = self.fleet.train.get(device) != counts["train"][device]
@@ -279,9 +263,10 @@ class SplitTuning(Strategy):
         return [example for key in sorted(keys) for example in self.store.examples(key)]
 
     def _release_evaluation_examples(self) -> None:
-        for wave in self.plan.evaluation:
-            self._exchange.post(self._intake.requests(wave))
-            self._intake.keep(self._exchange.collect())
+        with self._exchange.purpose(EVALUATION):
+            for wave in self.plan.evaluation:
+                self._exchange.post(self._intake.requests(wave))
+                self._intake.keep(self._exchange.collect())
 
     # ---------------------------------------------------------------------------- one round
 
@@ -318,6 +303,7 @@ class SplitTuning(Strategy):
             self._post(number + 1, grid)
         record["seconds_wire"] = self._exchange.seconds_waited - waited
         record["seconds_decode"] = self.cloud.seconds["decode"] - decoded
+        record |= self._exchange.traffic.training()
         self.progress.rounds.append(record)
         return record
 
@@ -355,7 +341,8 @@ class SplitTuning(Strategy):
 
     def _evaluate(self, number: int, grid: Grid) -> dict[str, Any]:
         messages = self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid)
-        replies = self._exchange.ask(messages)
+        with self._exchange.purpose(EVALUATION):
+            replies = self._exchange.ask(messages)
         return dict(self.aggregate_evaluate(number, [r for r in replies.values() if r]) or {})
 
     def _finish_round(self, number: int, seconds: float) -> None:

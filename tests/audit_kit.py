@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import tempfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,24 @@ from privtune_flwr.config import PrivacyConfig
 from privtune_flwr.models import BottomModel
 from privtune_flwr.privacy.base import Mechanism
 from privtune_flwr.privacy.keyed import example_identity, keyed_generator
+from privtune_flwr.privacy.privtune.posterior import ShiftPosterior
 from privtune_flwr.privacy.public import PublicKnowledge
 from privtune_flwr.privacy.registry import create_mechanism, mechanism_class
+
+# knowledge of one world in use at a time: each holds tables over the whole vocabulary
+_KNOWN: OrderedDict[tuple[int, str, int, int], Shared] = OrderedDict()
+_KEPT = 3
+
+
+class Shared(Knowledge):
+    """Knowledge whose Gaussian is fitted once, for all attacks that start from it."""
+
+    @functools.cached_property
+    def _fitted(self) -> ShiftPosterior:
+        return super().posterior()
+
+    def posterior(self) -> ShiftPosterior:
+        return self._fitted
 
 
 @dataclass
@@ -53,9 +70,19 @@ class Real:
         )
 
     def knowledge(self, level: Level, mechanism: Mechanism, own: int = 800) -> Knowledge:
-        """What an attacker of a level knows of it; ``own`` sentences of the source at most."""
+        """What an attacker of a level knows of it; ``own`` sentences of the source at most.
+
+        One object for the same mechanism, as the auditor shares one among its attacks.
+        """
         in_domain = self.in_domain[:own] if level == "in-domain" else []
-        return Knowledge(level, self.bottom, self.public, mechanism, in_domain)
+        # the mechanism is held by what is kept, so that its id is its own
+        key = (id(self.public), level, id(mechanism), len(in_domain))
+        if key not in _KNOWN:
+            _KNOWN[key] = Shared(level, self.bottom, self.public, mechanism, in_domain)
+        _KNOWN.move_to_end(key)
+        while len(_KNOWN) > _KEPT:
+            _KNOWN.popitem(last=False)
+        return _KNOWN[key]
 
 
 @functools.cache

@@ -44,7 +44,7 @@ def test_missing_keys_take_their_default() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("nosuch.key", 1, ["nosuch", "unknown key", "model, data, privacy, train, recovery, run"]),
+        ("nosuch.key", 1, ["nosuch", "unknown key", "recovery, federated, simulation, run"]),
         ("seed", 1, ["seed = 1", "unknown key", "run.*"]),
         ("train.epoch", 3, ["train.epoch = 3", "unknown key", "epochs"]),
         ("privacy.wire", "int4", ["privacy.wire = 'int4'", '"int8"', '"float16"']),

@@ -26,6 +26,7 @@ from privtune_flwr.data import (
     split_source,
     tokenise,
 )
+from privtune_flwr.data.partition import _partitioner
 
 
 def config(**values) -> DataConfig:
@@ -387,6 +388,15 @@ def parts(pool, settings, num_partitions, seed=0):
         device_part(pool, settings, partition_id=i, num_partitions=num_partitions, seed=seed)
         for i in range(num_partitions)
     ]
+
+
+def test_equal_parts_are_those_of_flwr_datasets(pool):
+    from flwr_datasets.partitioner import IidPartitioner
+
+    ours, theirs = _partitioner(config(), 7, 0), IidPartitioner(7)
+    ours.dataset = theirs.dataset = pool
+    for number in range(7):
+        assert ours.load_partition(number)["text"] == theirs.load_partition(number)["text"]
 
 
 @pytest.mark.parametrize("num_partitions", [1, 7, 10])

@@ -293,7 +293,7 @@ def test_what_nothing_bounds_exhausts_every_budget(ledger: Ledger) -> None:
 
 def test_every_row_says_what_was_promised_in_which_metric_against_whom(ledger: Ledger) -> None:
     reserve(ledger, "a", epsilon=0.5, per="sentence")
-    with closing(sqlite3.connect(ledger._path)) as db:
+    with closing(sqlite3.connect(ledger.path)) as db:
         db.row_factory = sqlite3.Row
         (row,) = db.execute("select * from account").fetchall()
     assert (row["eta"], row["epsilon"], row["per"], row["tokens"]) == (2.0, 0.5, "sentence", 7)

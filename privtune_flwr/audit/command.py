@@ -25,13 +25,15 @@ def audit_runs(
     """Audit runs one after the other and write ``audit/audit.json`` and ``audit/audit.html``.
 
     With several runs every report shows the frontier of all of them. An interrupted call goes on
-    where it stopped.
+    where it stopped. Of a baseline whose devices send weights ``inversion.json`` is written and a
+    table printed instead.
 
     Returns
     -------
     list of dict
-        What was written.
+        What was written of runs that release representations.
     """
+    folders = _without_baselines(folders, console)
     audits = []
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -47,6 +49,19 @@ def audit_runs(
         for folder, audit in zip(folders, audits, strict=True):
             write_audit(folder, {**audit, "frontier": points})
     return audits
+
+
+def _without_baselines(folders: Sequence[Path], console: Console) -> list[Path]:
+    """Measure federated baselines' updates by their own attacks; give the other runs."""
+    from privtune_flwr.audit.updates.run import invert_run, print_inversion, sends_weights
+
+    kept = []
+    for folder in folders:
+        if sends_weights(folder):
+            print_inversion(invert_run(folder), console)
+        else:
+            kept.append(folder)
+    return kept
 
 
 def audit_run(folder: Path, options: AuditOptions, watch: Watch) -> dict[str, Any]:

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    ExponentialPartitioner,
-    IidPartitioner,
-    LinearPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-    SquarePartitioner,
-)
 from numpy.typing import NDArray
 
 from privtune_flwr.config import DataConfig
 from privtune_flwr.data.columns import DataError
 
-_BY_SIZE = {
-    "linear": LinearPartitioner,
-    "square": SquarePartitioner,
-    "exponential": ExponentialPartitioner,
-}
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 @dataclass(frozen=True)
@@ -128,9 +117,30 @@ def _keys(
     return np.array([group[str(value)] for value in values], dtype=np.int64)
 
 
-def _partitioner(config: DataConfig, num_partitions: int, seed: int) -> Partitioner:
+@dataclass
+class _Shards:
+    """Equal parts: what flwr-datasets' IidPartitioner gives.
+
+    Importing that package brings seaborn and scipy.stats along, a second of computing in every
+    process of a device; most runs need none of it.
+    """
+
+    num_partitions: int
+    dataset: datasets.Dataset | None = None
+
+    def load_partition(self, partition_id: int) -> datasets.Dataset:
+        """Give one of the parts."""
+        assert self.dataset is not None
+        return self.dataset.shard(self.num_partitions, partition_id, contiguous=True)
+
+
+def _partitioner(config: DataConfig, num_partitions: int, seed: int) -> Partitioner | _Shards:
+    if config.partitioner == "iid":
+        return _Shards(num_partitions)
+    from flwr_datasets import partitioner
+
     if config.partitioner == "dirichlet":
-        return DirichletPartitioner(
+        return partitioner.DirichletPartitioner(
             num_partitions=num_partitions,
             partition_by="key",
             alpha=config.dirichlet_alpha,
@@ -138,17 +148,20 @@ def _partitioner(config: DataConfig, num_partitions: int, seed: int) -> Partitio
             seed=seed,
         )
     if config.partitioner == "size":
-        return _BY_SIZE[config.size_skew](num_partitions=num_partitions)
-    if config.partitioner == "column":
-        # One key a device: a whole group of values, or a share of the rows of one value.
-        return PathologicalPartitioner(
-            num_partitions=num_partitions,
-            partition_by="key",
-            num_classes_per_partition=1,
-            class_assignment_mode="first-deterministic",
-            seed=seed,
-        )
-    return IidPartitioner(num_partitions=num_partitions)
+        by_size = {
+            "linear": partitioner.LinearPartitioner,
+            "square": partitioner.SquarePartitioner,
+            "exponential": partitioner.ExponentialPartitioner,
+        }
+        return by_size[config.size_skew](num_partitions=num_partitions)
+    # One key a device: a whole group of values, or a share of the rows of one value.
+    return partitioner.PathologicalPartitioner(
+        num_partitions=num_partitions,
+        partition_by="key",
+        num_classes_per_partition=1,
+        class_assignment_mode="first-deterministic",
+        seed=seed,
+    )
 
 
 def _too_small(config: DataConfig, rows: int, num_partitions: int) -> str:

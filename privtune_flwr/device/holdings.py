@@ -94,7 +94,7 @@ def open_holdings(config: RunConfig, node_config: Mapping[str, Any], home: Devic
             raise Refusal("data.source: a file on a device is named by its node-config data alone")
         if "partition-id" not in node_config or "num-partitions" not in node_config:
             raise Refusal("node-config: needs data, or partition-id and num-partitions")
-        part = _shared_part(
+        part = shared_part(
             config.data,
             config.run.seed,
             int(node_config["partition-id"]),
@@ -123,7 +123,8 @@ def _pool(data: DataConfig, seed: int) -> Dataset:
 
 
 @lru_cache(maxsize=256)
-def _shared_part(data: DataConfig, seed: int, partition: int, partitions: int) -> DeviceData:
+def shared_part(data: DataConfig, seed: int, partition: int, partitions: int) -> DeviceData:
+    """Give one partition of a source that a simulation's devices share."""
     return device_part(
         _pool(data, seed), data, partition_id=partition, num_partitions=partitions, seed=seed
     )

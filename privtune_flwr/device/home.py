@@ -20,6 +20,7 @@ from typing import Any
 from privtune_flwr.assets import cache_root
 from privtune_flwr.bundle import BundleCache
 from privtune_flwr.errors import PrivTuneError
+from privtune_flwr.privacy.fit_ledger import FitLedger
 from privtune_flwr.privacy.ledger import Ledger
 from privtune_flwr.privacy.policy import DevicePolicy, load_policy
 
@@ -62,6 +63,11 @@ class DeviceHome:
     def ledger(self) -> Ledger:
         """The account of what was released."""
         return Ledger(self.root / "ledger.sqlite")
+
+    @property
+    def fit_ledger(self) -> FitLedger:
+        """The account of answers to federated baselines, in the same file."""
+        return FitLedger(self.ledger.path)
 
     def derive(self, purpose: str) -> bytes:
         """Derive a key for one purpose from the secret (HMAC-SHA256)."""

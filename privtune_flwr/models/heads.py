@@ -59,6 +59,7 @@ class MeanPooledClassifier(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pooled_mask: Tensor | None = None,
     ) -> Tensor:
         """Classify a padded batch.
 
@@ -68,6 +69,8 @@ class MeanPooledClassifier(nn.Module):
             Token ids (B, T) or vectors (B, T, D): one of them.
         attention_mask : Tensor | None
             (B, T), one for real tokens; all are real if None.
+        pooled_mask : Tensor | None
+            (B, T), one for tokens that are averaged; all real ones if None.
 
         Returns
         -------
@@ -79,7 +82,8 @@ class MeanPooledClassifier(nn.Module):
         ).last_hidden_state
         if attention_mask is None:
             attention_mask = torch.ones(hidden_BTD.shape[:2], device=hidden_BTD.device)
-        logits_BC: Tensor = self.classifier(mean_pool(hidden_BTD, attention_mask))
+        averaged_BT = attention_mask if pooled_mask is None else pooled_mask
+        logits_BC: Tensor = self.classifier(mean_pool(hidden_BTD, averaged_BT))
         return logits_BC
 
 

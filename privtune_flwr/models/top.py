@@ -99,7 +99,12 @@ class TopModel(nn.Module):
         """Number of blocks in the cloud."""
         return len(self.family.block_list(self.network.base_model))
 
-    def forward(self, hidden_BTD: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        attention_mask_BT: Tensor,
+        pooled_mask_BT: Tensor | None = None,
+    ) -> Tensor:
         """Classify representations.
 
         Parameters
@@ -109,6 +114,9 @@ class TopModel(nn.Module):
             padding do not matter.
         attention_mask_BT : Tensor
             One for real tokens, zero for padding, shape (B, T).
+        pooled_mask_BT : Tensor, optional
+            One for tokens that the ``mean`` head averages; all real ones by default. Other heads
+            average nothing.
 
         Returns
         -------
@@ -120,7 +128,9 @@ class TopModel(nn.Module):
         network = self.network
         logits_BC: Tensor
         if self.head == "mean":
-            logits_BC = network(inputs_embeds=inputs_BTD, attention_mask=mask_BT)
+            logits_BC = network(
+                inputs_embeds=inputs_BTD, attention_mask=mask_BT, pooled_mask=pooled_mask_BT
+            )
         elif self.family.kind == "encoder":
             logits_BC = network(inputs_embeds=inputs_BTD, attention_mask=mask_BT).logits
         else:

@@ -51,7 +51,9 @@ from privtune_flwr.protocol import (
     read_description,
     read_metrics,
 )
+from privtune_flwr.protocol.fit import FIT, JOIN, JUDGE, FitRequest, JoinRequest
 from privtune_flwr.protocol.replies import EVALUATE_METRICS, MARK, MAX_LABELS
+from privtune_flwr.protocol.splitfed import SPLITFED, SplitFedRequest
 
 logger = logging.getLogger("privtune.device")
 
@@ -122,13 +124,18 @@ class _Clean:
 def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Perturb what a release handler computed and privatise what a learn handler did.
 
-    Every other action passes.
+    A baseline's update is clipped by Flower's mod where its strategy asks for it. Every other
+    action passes.
 
     The mechanism and its parameters come with the request and are held against the device's
     policy and ledger here, before anything is perturbed.
     """
-    reply = call_next(message, context)
     action = message.metadata.message_type
+    if action == FIT:
+        from privtune_flwr.client_fit import clip_as_asked
+
+        return clip_as_asked(message, context, call_next)
+    reply = call_next(message, context)
     if action == LEARN and not reply.has_error():
         home = device_home(context, LearnRequest.from_content(message.content).run_id)
         privatise_reply(message.content, reply.content, home)
@@ -277,13 +284,23 @@ def _checked(message: Message, context: Context, reply: Message) -> Message:
         check_marked_update(message.content, content, home)
     elif action == RELEASE:
         _check_marked_release(message, context, content)
-    elif action == DESCRIBE:
+    elif action in (DESCRIBE, JOIN):
         _check_description(message, context, content)
+    elif action == FIT:
+        from privtune_flwr.client_fit import check_answer
+
+        home = device_home(context, FitRequest.from_content(message.content).run_id)
+        check_answer(message, content, home)
+    elif action == SPLITFED:
+        from privtune_flwr.client_splitfed import check_reply
+
+        home = device_home(context, SplitFedRequest.from_content(message.content).run_id)
+        check_reply(message, content, home)
     elif action == PROVISION:
         if set(content) != {METRICS}:
             raise GuardError("records: provision answers with metrics only")
         read_metrics(content, ("held",))
-    elif action == EVALUATE:
+    elif action in (EVALUATE, JUDGE):
         if set(content) != {METRICS}:
             raise GuardError("records: evaluation answers with metrics only")
         read_metrics(content, EVALUATE_METRICS)
@@ -295,7 +312,8 @@ def _checked(message: Message, context: Context, reply: Message) -> Message:
 
 def _check_description(message: Message, context: Context, content: RecordDict) -> None:
     """Free text leaves in the class names only: every other string must be what it stands for."""
-    request = DescribeRequest.from_content(message.content)
+    kind = JoinRequest if message.metadata.message_type == JOIN else DescribeRequest
+    request = kind.from_content(message.content)
     home = device_home(context, request.run_id)
     record = read_description(content, request.run_id)
     if record["device_id"] != home.device_id or record["policy"] != home.policy.public_json():

@@ -22,6 +22,8 @@ from privtune_flwr.privacy.registry import mechanism_names
 
 # node-config keys that carry a bound directly, without a policy file
 NODE_CONFIG_PREFIX = "policy-"
+#: What answers of federated baselines are made of.
+FIT_SHARES = ("weights", "adapters", "prompt", "losses", "logits", "gradients")
 # rounding in a sum of many charges must not refuse what the owner meant to allow
 _ROUNDING = 1e-9
 
@@ -30,9 +32,9 @@ class DevicePolicy(Section):
     """What a device lets out at most.
 
     The defaults are those of a real device: some mechanism, no labels, each example once, no
-    learning. ``max-*`` bound one release, ``budget-*`` one example over its tokens and all its
-    releases. A bound holds for every mechanism that declares its currency; a mechanism that
-    declares none of the currencies that the owner bounded is refused.
+    learning, no weights. ``max-*`` bound one release, ``budget-*`` one example over its tokens and
+    all its releases. A bound holds for every mechanism that declares its currency; a mechanism
+    that declares none of the currencies that the owner bounded is refused.
     """
 
     mechanisms: tuple[str, ...] = Field(
@@ -53,6 +55,15 @@ class DevicePolicy(Section):
     learning_rounds: int = Field(0, ge=0, description="learned updates that ever leave; 0 = none")
     min_learning_noise: float = Field(0.0, ge=0, description="least noise, in units of the clip")
     max_update_norm: float = Field(math.inf, gt=0, description="largest clip of an update")
+    fit_rounds: int = Field(
+        0, ge=0, description="answers of federated baselines that ever leave; 0 = none"
+    )
+    fit_shares: tuple[str, ...] = Field(
+        FIT_SHARES, description="what may leave in them: weights, adapters, prompt, ..."
+    )
+    max_fit_epsilon: float = Field(
+        math.inf, gt=0, description="largest epsilon an example a run; finite = no run without one"
+    )
     bottom_models: tuple[str, ...] = Field((), description="allowed bundle ids; empty = any")
     max_bundle_bytes: int = Field(4 * 2**30, gt=0, description="largest bundle accepted")
     min_metric_examples: int = Field(5, ge=1, description="fewest examples a metric may cover")
@@ -178,6 +189,37 @@ class DevicePolicy(Section):
                 f"at least: {self.min_learning_noise:.6g}"
             )
 
+    def check_fit(self, shares: str, rounds: int, epsilon: float | None) -> None:
+        """Refuse a federated baseline beyond the bounds.
+
+        Parameters
+        ----------
+        shares : str
+            What leaves: one of :data:`FIT_SHARES`.
+        rounds : int
+            Answers that would have left in the end.
+        epsilon : float or None
+            What protects an example against the cloud over the whole run; None = nothing.
+
+        Raises
+        ------
+        Refusal
+            Naming ``fit-shares``, ``fit-rounds`` or ``max-fit-epsilon``.
+        """
+        if shares not in self.fit_shares:
+            raise Refusal(
+                f"policy.fit-shares: {shares!r} is not allowed here; "
+                f"allowed: {', '.join(self.fit_shares) or 'none at all'}"
+            )
+        if not rounds <= self.fit_rounds:
+            raise Refusal(f"policy.fit-rounds: the run needs {rounds}, allowed: {self.fit_rounds}")
+        needed = math.inf if epsilon is None else epsilon
+        if not needed <= self.max_fit_epsilon:
+            raise Refusal(
+                f"policy.max-fit-epsilon: the run needs {needed:.6g}, "
+                f"allowed: {self.max_fit_epsilon:.6g}"
+            )
+
     def check_labels(self, wanted: bool) -> None:
         """Refuse a run whose labels would leave against the owner's word."""
         if wanted and not self.share_labels:
@@ -205,6 +247,7 @@ SIMULATION_POLICY = {
     "share-labels": True,
     "releases-per-example": 0,
     "learning-rounds": 10**9,
+    "fit-rounds": 10**9,
     "min-metric-examples": 1,
 }
 
@@ -246,14 +289,16 @@ def _read_policy(node_config: Mapping[str, Any], *, simulated: bool) -> DevicePo
     for key, value in node_config.items():
         if key.startswith(NODE_CONFIG_PREFIX):
             name = key.removeprefix(NODE_CONFIG_PREFIX)
-            is_list = name in ("mechanisms", "bottom-models")
+            is_list = name in ("mechanisms", "bottom-models", "fit-shares")
             values[name] = [p for p in str(value).split(",") if p] if is_list else value
     if values.get("mechanisms") == ["*"]:
         values["mechanisms"] = list(mechanism_names())
     policy = validate_section(DevicePolicy, values)
-    unknown = [name for name in policy.mechanisms if name not in mechanism_names()]
-    if unknown:
-        raise ConfigError(
-            f"policy.mechanisms = {unknown[0]!r}: allowed: *, {', '.join(mechanism_names())}"
-        )
+    for key, given, known in (
+        ("mechanisms", policy.mechanisms, ("*", *mechanism_names())),
+        ("fit-shares", policy.fit_shares, FIT_SHARES),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ConfigError(f"policy.{key} = {unknown[0]!r}: allowed: {', '.join(known)}")
     return policy

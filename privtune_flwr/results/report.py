@@ -63,12 +63,11 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
             "test": len(strategy.test_examples),
         },
         "traffic": {
-            "devices": progress.traffic,
-            "bytes_up": up,
-            "bytes_down": sum(t["down"] for t in progress.traffic.values()),
-            "messages": sum(t["messages"] for t in progress.traffic.values()),
+            **traffic_sums(progress.traffic),
             "bytes_up_per_train_example": up / examples if examples else None,
             "store_bytes": strategy.store.nbytes,
+            # bottom model and artefacts: what a device must hold before it releases
+            "model_bytes": sum(manifest.total_bytes for manifest, _ in cloud.bundles),
         },
         "seconds": {
             **{k.removeprefix("seconds_"): sum(r.get(k, 0.0) for r in rounds) for k in _SUMMED},
@@ -82,6 +81,29 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
         "privacy": _privacy(strategy),
         "versions": versions(),
         "config": flatten(cloud.config),
+    }
+
+
+def traffic_sums(devices: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Sum bytes and messages over devices; ``training`` leaves provisioning and tests out."""
+
+    def total(key: str) -> int:
+        return sum(account.get(key, 0) for account in devices.values())
+
+    apart = {
+        key: total(f"provision_{key}") + total(f"evaluate_{key}")
+        for key in ("up", "down", "messages")
+    }
+    return {
+        "devices": {device: dict(account) for device, account in devices.items()},
+        "bytes_up": total("up"),
+        "bytes_down": total("down"),
+        "messages": total("messages"),
+        "training": {
+            "bytes_up": total("up") - apart["up"],
+            "bytes_down": total("down") - apart["down"],
+            "messages": total("messages") - apart["messages"],
+        },
     }
 
 

@@ -17,7 +17,7 @@ from privtune_flwr.config import ConfigError, RunConfig, Scalar, flatten
 from privtune_flwr.errors import RunError
 
 # what a resumed run may change without becoming another run
-_FREE_KEYS = ("run.", "train.timeout", "train.threads", "train.device")
+FREE_KEYS = ("run.", "train.timeout", "train.threads", "train.device")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
 
 def _check_same(before: dict[str, Scalar], now: dict[str, Scalar]) -> None:
     for key in sorted(set(before) | set(now)):
-        free = key.startswith(_FREE_KEYS) and key != "run.seed"
+        free = key.startswith(FREE_KEYS) and key != "run.seed"
         if not free and before.get(key) != now.get(key):
             raise ConfigError(
                 f"{key} = {now.get(key)!r}: the run to resume has {before.get(key)!r}; "

@@ -120,6 +120,9 @@ def _release_rounds(train: Mapping[str, int], config: RunConfig, epoch: int) -> 
         waiting = sorted(queues)
         if config.train.strategy == "stepwise":
             drawn = [waiting[int(rng.integers(len(waiting)))]]
+        elif config.train.strategy == "sequential":
+            # all of a device's chunks before the next device's
+            drawn = waiting[:1]
         elif draw < len(waiting):
             drawn = sorted(rng.choice(waiting, size=draw, replace=False).tolist())
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def federate(
         devices: int = 3,
         client_app: str = "privtune_flwr.client_app:app",
         on_line: Callable[[str], None] = lambda line: None,
+        cores: int = 2,
     ) -> Run:
         fixed = {"run.name": name, "run.folder": str(root), "run.min-devices": devices}
         config = load_run_config(flatten(RunConfig()) | SMALL | settings | fixed)
@@ -70,7 +72,9 @@ def federate(
         try:
             folder = launch(
                 config,
-                Federation(num_supernodes=devices),
+                # one process for all devices on a machine of two cores: another one would import
+                # and load everything once more, while other tests need the second core
+                Federation(num_supernodes=devices, client_cpus=min(cores, os.cpu_count() or 1)),
                 superlink=superlink,
                 app=staged(client_app),
                 on_output=read,

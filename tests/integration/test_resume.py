@@ -22,6 +22,11 @@ SETTINGS = {
     "model.cut": 2,
     "run.seed": 3,
     "train.evaluate-every": 2,
+    # as many messages and rounds as with twice the text in chunks twice as large
+    "data.train-examples": 96,
+    "data.test-examples": 32,
+    "privacy.chunk-size": 8,
+    "train.batch-size": 8,
 }
 
 

@@ -1,0 +1,1 @@
+"""``privtune compare``: many methods on the same text, one table and the figures to choose by."""

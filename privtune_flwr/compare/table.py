@@ -1,0 +1,275 @@
+"""A comparison as text: Markdown, CSV, and the console's table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from privtune_flwr.compare.projection import SHOWN
+
+Row = Mapping[str, Any]
+NONE = "-"
+_CSV = (
+    "method",
+    "family",
+    "seeds",
+    "accuracy",
+    "sd",
+    "points_below_central",
+    "bytes_up",
+    "bytes_down",
+    "messages",
+    "model_bytes",
+    "device_seconds",
+    "device_peak_bytes",
+    "cloud_seconds",
+    "wall_seconds",
+    "multiplier",
+    "cloud_sees",
+    "guarantee",
+    "against",
+    "attack_tokens",
+    "attack_content",
+    "failed",
+)
+
+
+def _number(value: float | None, digits: int = 1, factor: float = 1.0) -> str:
+    return NONE if value is None else f"{value * factor:.{digits}f}"
+
+
+def megabytes(value: float | None) -> str:
+    """Write bytes as MB, with as many digits as matter."""
+    if value is None:
+        return NONE
+    size = value / 1e6
+    return f"{size:.3f}" if size < 0.1 else f"{size:.2f}" if size < 10 else f"{size:.0f}"
+
+
+def _accuracy(row: Row) -> str:
+    if row["accuracy"] is None:
+        return "failed" if row["failed"] else NONE
+    spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
+    return f"{100 * row['accuracy']:.1f}{spread}"
+
+
+def guarantee_words(found: Mapping[str, Any] | None) -> str:
+    """Put a formal guarantee in a few words: epsilon, of what, and against whom."""
+    if found is None:
+        return NONE
+    said = []
+    if found["epsilon"] is not None:
+        delta = f", delta {found['delta']:.0e}" if found["delta"] else ""
+        per = f" per {found['per']}" if found["per"] else ""
+        said.append(f"epsilon {found['epsilon']:.3g}{delta}{per}")
+    if found["eta"] is not None:
+        said.append(f"eta {found['eta']:.3g}")
+    if found["bits"] is not None:
+        said.append(f"{found['bits']:.3g} bits a token")
+    if not said:
+        return "none"
+    against, learning = found["against"], found["learning"]
+    whom = f" (against {against})" if against and against != "none" else ""
+    earlier = ""
+    if learning:
+        bound = learning["epsilon"]
+        earlier = "; its learning: " + ("no bound" if bound is None else f"epsilon {bound:.3g}")
+    return f"{'; '.join(said)}{whom}{earlier}"
+
+
+def edge_words(content: Row) -> str:
+    """Name the methods whose best rate is the grid's first or last: more may lie beyond."""
+    grid = content["tuning"]["grid"]
+    ends = (min(grid), max(grid)) if len(grid) > 1 else ()
+    named = [
+        f"{r['method']} (x {r['multiplier']:g})"
+        for r in content["methods"]
+        if r["multiplier"] in ends
+    ]
+    if not named:
+        return ""
+    return f"At an end of the grid, so that a rate beyond it may do better: {', '.join(named)}.\n"
+
+
+def _read(row: Row) -> str:
+    found = row["attack"]
+    if found is None:
+        return NONE
+    tokens, content = _number(found["tokens"], 1, 100), _number(found["content"], 1, 100)
+    return f"{tokens} / {content}"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("method", lambda r: str(r["method"])),
+    ("seeds", lambda r: str(len(r["seeds"]))),
+    ("accuracy, %", _accuracy),
+    ("points below central", lambda r: _number(r["points_below_central"])),
+    ("MB up", lambda r: megabytes(r["bytes_up"])),
+    ("MB down", lambda r: megabytes(r["bytes_down"])),
+    ("model, MB", lambda r: megabytes(r["model_bytes"])),
+    ("messages", lambda r: _number(r["messages"], 0)),
+    ("device, s", lambda r: _number(r["device_seconds"])),
+    ("device peak, MB", lambda r: _number(r["device_peak_bytes"], 0, 1e-6)),
+    ("cloud, s", lambda r: _number(r["cloud_seconds"])),
+    ("wall, s", lambda r: _number(r["wall_seconds"], 0)),
+    ("the cloud sees", lambda r: str(r["cloud_sees"])),
+    ("formal guarantee", lambda r: guarantee_words(r["guarantee"])),
+    ("attacker reads tokens / content words, %", _read),
+)
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def main_table(content: Row) -> str:
+    """One row a method, a device's share of everything."""
+    lines = [[cell(row) for _, cell in _COLUMNS] for row in content["methods"]]
+    return _markdown([name for name, _ in _COLUMNS], lines)
+
+
+def axis_title(axis: Row) -> str:
+    """Say at what methods are equal, as ``at 1.2 MB (all of prompt)``."""
+    amount = {
+        "epochs": f"at {axis['budget']:g} epochs",
+        "bytes": f"at {megabytes(axis['budget'])} MB a device",
+        "seconds": f"at {axis['budget']:.0f} s of a device",
+    }[axis["axis"]]
+    return amount + (f" (all of {axis['of']})" if axis["of"] and axis["axis"] != "epochs" else "")
+
+
+def axes_table(axes: Sequence[Row]) -> str:
+    """Accuracy reached at equal epochs, bytes and device seconds."""
+    if not axes:
+        return ""
+    names = list(axes[0]["accuracy"])
+    lines = [[n, *(_number(a["accuracy"].get(n), 1, 100) for a in axes)] for n in names]
+    return _markdown(["method", *(axis_title(a) for a in axes)], lines)
+
+
+def projection_table(content: Row) -> str:
+    """Projected wall minutes on some of the links and devices."""
+    slow = content["projection"]["slow"]
+    head = ["method (projected minutes)"]
+    for link, device, factor in SHOWN:
+        head.append(f"{link}, {device}" + (f", one {slow:g}x slower" if factor > 1 else ""))
+    lines = []
+    for row in content["methods"]:
+        found = row["projection"]
+        if found is None:
+            continue
+        known = {(s["link"], s["device"], s["slow"]): s["seconds"] for s in found["seconds"]}
+        lines.append([row["method"], *(_number(known.get(key), 1, 1 / 60) for key in SHOWN)])
+    return _markdown(head, lines) if lines else ""
+
+
+def grid_table(content: Row) -> str:
+    """Every grid point's accuracy on the devices' evaluation examples; the chosen one is marked."""
+    points = content["tuning"]["grid"]
+    lines = []
+    for row in content["methods"]:
+        found = {p["multiplier"]: p for p in row["grid"]}
+        cells = []
+        for point in points:
+            known = found[point]
+            value = _number(known["eval_accuracy"], 1, 100)
+            if known["state"] != "finished":
+                value = known["state"]
+            cells.append(f"**{value}**" if point == row["multiplier"] else value)
+        rates = ", ".join(f"{key} {value:.3g}" for key, value in (row["rates"] or {}).items())
+        lines.append([row["method"], *cells, rates or NONE])
+    return _markdown(["method", *(f"x {p:g}" for p in points), "rates of the table's runs"], lines)
+
+
+def failures(content: Row) -> list[str]:
+    """List the runs that failed, with their reasons."""
+    return [f"- {run['name']}: {run['reason']}" for run in content["runs"] if "reason" in run]
+
+
+def markdown(content: Row) -> str:
+    """Write the whole comparison out, figures apart."""
+    scenario = content["scenario"]
+    parts = [
+        f"# {scenario['name']}\n\n{scenario['description']}\n",
+        f"`{content['command']}`\n",
+        main_table(content),
+        content["tuning"]["statement"] + "\n",
+        edge_words(content),
+    ]
+    if content["axes"]:
+        parts += ["## At equal epochs, bytes and device seconds\n", axes_table(content["axes"])]
+    projected = projection_table(content)
+    if projected:
+        parts += ["## Projected wall time\n", content["projection"]["statement"] + "\n", projected]
+    parts += [
+        "## Learning rates\n",
+        "Accuracy on the devices' evaluation examples, %.\n",
+        grid_table(content),
+    ]
+    failed = failures(content)
+    if failed:
+        parts += ["## Failed\n", "\n".join(failed) + "\n"]
+    parts += [
+        "## Methods\n",
+        "".join(f"- {r['method']}: {r['title']}\n" for r in content["methods"]),
+    ]
+    parts += [
+        "## Columns\n",
+        "".join(f"- {name}: {said}\n" for name, said in content["definitions"].items()),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def short_markdown(content: Row) -> str:
+    """Write what a README shows: the table, equal budgets, the projection, how it was tuned."""
+    parts = [
+        main_table(content),
+        content["tuning"]["statement"] + "\n",
+        edge_words(content),
+        axes_table(content["axes"]),
+        projection_table(content),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def as_csv(content: Row) -> str:
+    """Write one line a method, in the units of ``definitions``."""
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, _CSV, lineterminator="\n")
+    writer.writeheader()
+    for row in content["methods"]:
+        found, read = row["guarantee"] or {}, row["attack"] or {}
+        writer.writerow(
+            {
+                **{key: row[key] for key in _CSV if key in row},
+                "seeds": " ".join(str(seed) for seed in row["seeds"]),
+                "guarantee": "" if not found else guarantee_words({**found, "against": None}),
+                "against": found.get("against") or "",
+                "attack_tokens": read.get("tokens"),
+                "attack_content": read.get("content"),
+                "failed": " ".join(row["failed"]),
+            }
+        )
+    return sink.getvalue()
+
+
+def console_table(content: Row, axis: Row | None = None) -> Table:
+    """Lay the comparison out for a terminal; with an axis, what is reached at its budget."""
+    table = Table(title=content["scenario"]["name"])
+    hidden = {"the cloud sees", "formal guarantee"}
+    columns = [c for c in _COLUMNS if c[0] not in hidden]
+    for name, _ in columns:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    if axis is not None:
+        table.add_column(f"accuracy {axis_title(axis)}, %", justify="right")
+    for row in content["methods"]:
+        cells = [cell(row) for _, cell in columns]
+        if axis is not None:
+            cells.append(_number(axis["accuracy"].get(row["method"]), 1, 100))
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,223 @@
+"""What a cloud reads from federated updates: ``python -m simulations.inversion``.
+
+MiniLM on movie-snippets, three devices of twenty. Each update is made by the code that devices
+run, then read by an honest-but-curious cloud (:mod:`privtune_flwr.audit.updates`). Full weights,
+LoRA and soft prompts; plain SGD and AdamW; one step on 1, 4 or 16 sentences, and a device's whole
+round (160 sentences in five steps); what DP-FedAvg's clipping and DP-SGD on the device change.
+Adapters start at zero and say little before they have moved, so LoRA is attacked in the second
+round as well. Rows go to ``simulations/results/inversion.json``; a row that is there is kept.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+
+from privtune_flwr.audit.updates.attacks import attack_update, best_attack, over_devices
+from privtune_flwr.audit.updates.base import CloudKnowledge, Update
+from privtune_flwr.audit.updates.run import clipped
+from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
+from privtune_flwr.data import (
+    device_part,
+    load_public_text,
+    load_source,
+    split_source,
+    tokenise,
+)
+from privtune_flwr.federated.methods import Work
+from privtune_flwr.federated.settings import FitSettings
+from privtune_flwr.federated.weights import WeightsMethod
+from privtune_flwr.models import resolve_model
+from privtune_flwr.privacy.learning import State
+from simulations.study import RESULTS, add_row, stored_rows
+
+DEVICES = 3
+PARTS = 20
+WHOLE = 160
+SECONDS = 20.0  # to put one device's sentences together
+LABELS = ("negative", "positive")
+_PUBLIC: list[NDArray[np.int32]] = []
+# each at the larger end of what trains, so that a gradient is not lost in float32's rounding
+RATES: dict[tuple[str, str], float] = {
+    ("full", "sgd"): 0.05,
+    ("lora", "sgd"): 0.05,
+    ("prompt", "sgd"): 0.05,
+    ("full", "adamw"): 5e-5,
+    ("lora", "adamw"): 5e-4,
+    ("prompt", "adamw"): 5e-5,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: what is trained, how, on how many sentences a step.
+
+    Attributes
+    ----------
+    batch : int
+        Sentences of the one step; 0 = a device's whole round.
+    round : int
+        1, or 2 where adapters have moved before.
+    guard : str
+        ``none``, ``clip`` (DP-FedAvg's device part, before the cloud's noise) or ``dp-sgd``.
+    """
+
+    tuning: str
+    optimizer: str
+    batch: int
+    round: int = 1
+    guard: str = "none"
+    changes: dict[str, Scalar] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """Name the row."""
+        size = f"batch-{self.batch}" if self.batch else "round"
+        parts = [self.tuning, self.optimizer, size]
+        parts += ["later"] if self.round > 1 else []
+        parts += [self.guard] if self.guard != "none" else []
+        return "-".join(parts)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        rate = RATES[self.tuning, self.optimizer]
+        keys: dict[str, Scalar] = {
+            "train.strategy": "dp-fedavg" if self.guard == "clip" else "fedavg",
+            "train.optimizer": self.optimizer,
+            "train.learning-rate": rate,
+            "train.batch-size": self.batch or 32,
+            "model.tuning": self.tuning,
+            **({"train.head-learning-rate": rate} if self.optimizer == "sgd" else {}),
+            **({"federated.example-privacy": "dp-sgd"} if self.guard == "dp-sgd" else {}),
+            **self.changes,
+        }
+        return load_run_config(flatten(RunConfig()) | keys)
+
+
+def settings() -> list[Setting]:
+    """List all rows."""
+    found = []
+    # what devices really send first: AdamW, a whole round
+    for optimizer in ("adamw", "sgd"):
+        for batch in (1, 0, 4, 16):
+            for tuning in ("full", "lora", "prompt"):
+                found.append(Setting(tuning, optimizer, batch, round=2 if tuning == "lora" else 1))
+    found += [Setting(t, "adamw", 0, guard="dp-sgd") for t in ("full", "lora")]
+    found += [Setting("full", "adamw", 0, guard="clip")]
+    found.append(Setting("full", "sgd", 1, guard="clip", changes={"federated.update-clip": 0.01}))
+    found += [Setting("lora", o, b) for o in ("adamw", "sgd") for b in (0, 1)]
+    return found
+
+
+@cache
+def _pool() -> Any:
+    return split_source(load_source("movie-snippets"), RunConfig().data, seed=0).pool
+
+
+def _public(tokenizer: Any) -> Sequence[NDArray[np.int32]]:
+    if not _PUBLIC:
+        texts = load_public_text(RunConfig().data.public_corpora)
+        _PUBLIC.extend(tokenise(tokenizer, texts, 128))
+    return _PUBLIC
+
+
+def _text(device: int, size: int, tokenizer: Any) -> tuple[list[NDArray[np.int32]], list[int]]:
+    part = device_part(
+        _pool(), RunConfig().data, partition_id=device, num_partitions=PARTS, seed=0
+    ).train
+    size = size or WHOLE
+    return tokenise(tokenizer, list(part["text"])[:size], 128), list(part["label"])[:size]
+
+
+def measured(setting: Setting) -> dict[str, Any]:
+    """Make the updates of a setting and attack them."""
+    config = setting.config
+    method = WeightsMethod(FitSettings.of(config), Path(resolve_model("minilm")), LABELS)
+    knowledge = CloudKnowledge(method.model, _public(method.model.parts.tokenizer))
+    begun = time.process_time()
+    start = method.model.state()
+    if setting.round > 1:
+        # the cloud's state after a round of another device
+        start = _fit(method, start, PARTS - 1, 64, 1, knowledge).received
+    devices = []
+    for device in range(DEVICES):
+        update = _fit(method, start, device, setting.batch, setting.round, knowledge)
+        if setting.guard == "clip":
+            update = clipped(update, config.federated.update_clip)
+        ids, _ = _text(device, setting.batch, knowledge.tokenizer)
+        devices.append(attack_update(update, ids, knowledge, seconds=SECONDS))
+    attacks = {name: over_devices(devices, name) for name in devices[0]}
+    best = best_attack(attacks)
+    return {
+        "tuning": setting.tuning,
+        "optimizer": setting.optimizer,
+        "batch": setting.batch,
+        "round": setting.round,
+        "guard": setting.guard,
+        "learning_rate": config.train.learning_rate,
+        "attack": best,
+        **attacks[best],
+        "attacks": attacks,
+        "per_device": devices,
+        "seconds": time.process_time() - begun,
+    }
+
+
+def _fit(
+    method: WeightsMethod,
+    state: State,
+    device: int,
+    size: int,
+    number: int,
+    knowledge: CloudKnowledge,
+) -> Update:
+    ids, labels = _text(device, size, knowledge.tokenizer)
+    work = Work(ids, labels, number, method.settings.rounds, 0.0, device, {})
+    received = dict(method.fit(state, work).arrays)
+    return Update(state, received, len(ids), number, method.settings.rounds)
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Rows whose name has this in it.")] = "",
+    figure: Annotated[Path | None, typer.Option(help="Draw the rows into this SVG.")] = None,
+) -> None:
+    """Measure the rows that are not there yet."""
+    target = RESULTS / "inversion.json"
+    RESULTS.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    command = f"python -m simulations.inversion {' '.join(sys.argv[1:])}".strip()
+    for setting in settings():
+        # read anew each time: another process may share the work
+        done = {row["name"] for row in stored_rows(target)}
+        if setting.name in done or only not in setting.name:
+            continue
+        if setting.guard == "dp-sgd" and importlib.util.find_spec("opacus") is None:
+            print(f"{setting.name}: left out, DP-SGD needs the extra with opacus")
+            continue
+        row = measured(setting)
+        add_row(target, {"name": setting.name, "command": command, **row}, {"devices": DEVICES})
+        print(
+            f"{setting.name}: content words {row['content_recall']:.3f} by {row['attack']}, "
+            f"{row['seconds']:.0f} s",
+            flush=True,
+        )
+    if figure is not None:
+        from simulations.inversion_figure import draw_inversion
+
+        draw_inversion(figure, stored_rows(target))
+
+
+if __name__ == "__main__":
+    typer.run(main)
