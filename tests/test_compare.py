@@ -88,7 +88,7 @@ def test_every_method_gives_a_valid_configuration(tmp_path: Path) -> None:
         assert configs[name].privacy.mechanism == "none"
     assert configs["dp-sgd"].federated.example_privacy == "dp-sgd"
     assert configs["scaffold"].train.optimizer == "sgd"
-    assert configs["scaffold"].federated.server_learning_rate == 1.0
+    assert configs["scaffold"].federated.scaffold_learning_rate == 1.0
     assert (configs["prompt"].model.tuning, configs["central-full"].model.tuning) == (
         "prompt",
         "full",
