@@ -122,6 +122,25 @@ def comparison() -> str:
     return short_markdown(_load("comparison.json"))
 
 
+def inversion() -> str:
+    """Say what the best attack read from each kind of update."""
+    if not (RESULTS / "inversion.json").exists():
+        return "Not run yet: `python -m simulations.inversion`.\n"
+    lines = [
+        "| update | best attack | tokens, recall/precision % | content words | floor: tokens | "
+        "floor: content words |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in _load("inversion.json")["rows"]:
+        cells = [row["name"], row["attack"]]
+        for source, kinds in ((row, ("token", "content")), (row["floor"], ("token", "content"))):
+            for kind in kinds:
+                pair = (source.get(f"{kind}_{what}") for what in ("recall", "precision"))
+                cells.append("/".join("-" if v is None else f"{100 * v:.0f}" for v in pair))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 _TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "transport": transport,
@@ -131,6 +150,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attributes": attributes,
     "device-cost": device_cost,
     "comparison": comparison,
+    "inversion": inversion,
     **{name: _of_frontier(make) for name, make in FRONTIER.items()},
 }
 
