@@ -310,11 +310,7 @@ class FederatedTuning(Strategy):
         for bundle in self.bundles:
             provision(self.fleet, held, bundle, self.folder.run_id, self._exchange)
         if not any(self.fleet.train.get(d) for d in self.fleet.nodes):
-            raise RunError(f"no usable device: {self._why_none()}")
-
-    def _why_none(self) -> str:
-        reasons = sorted({*self.fleet.refused.values(), *self.fleet.quarantined.values()})
-        return "; ".join(reasons[:5]) or "none of them holds a training example"
+            raise RunError(f"no usable device: {self.fleet.why_none()}")
 
     def _restore(self) -> None:
         restored = load_progress(self.folder.checkpoint)
@@ -338,19 +334,13 @@ class FederatedTuning(Strategy):
         restore_kept(self._aggregator, kept)
 
     def _drawn(self, number: int) -> list[str]:
-        """Draw this round's devices: a function of seed and round."""
-        able = sorted(d for d in self.fleet.nodes if self.fleet.train[d])
-        size = max(1, round(self.config.train.fraction * len(able)))
-        if size >= len(able):
-            return able
-        rng = np.random.default_rng([self.config.run.seed, 3, number])
-        return sorted(rng.choice(able, size=size, replace=False).tolist())
+        return self.fleet.draw(self.config.train.fraction, self.config.run.seed, number)
 
     def _run_round(self, number: int, grid: Grid) -> dict[str, Any]:
         begun = time.perf_counter()
         drawn = self._drawn(number)
         if not drawn:
-            raise RunError(f"no usable device is left: {self._why_none()}")
+            raise RunError(f"no usable device is left: {self.fleet.why_none()}")
         record: dict[str, Any] = {"round": number, "kind": "fit"}
         self._sent = self.what_is_sent()
         seen = cast("Grid", FleetGrid([self.fleet.nodes[d] for d in drawn]))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -61,6 +62,20 @@ class Fleet:
         (self.refused if refused else self.quarantined)[device] = reason
         self.nodes.pop(device, None)
         logger.warning("%s %s: %s", device, "refuses" if refused else "is quarantined", reason)
+
+    def why_none(self) -> str:
+        """Say why no device is usable."""
+        reasons = sorted({*self.refused.values(), *self.quarantined.values()})
+        return "; ".join(reasons[:5]) or "none of them holds a training example"
+
+    def draw(self, fraction: float, seed: int, number: int) -> list[str]:
+        """Draw devices that have training examples: a function of seed and round."""
+        able = sorted(d for d in self.nodes if self.train[d])
+        size = max(1, round(fraction * len(able)))
+        if size >= len(able):
+            return able
+        rng = np.random.default_rng([seed, 3, number])
+        return sorted(rng.choice(able, size=size, replace=False).tolist())
 
 
 def wait_for_nodes(grid: Grid, run: RunSection) -> list[int]:

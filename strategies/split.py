@@ -210,11 +210,7 @@ class SplitTuning(Strategy):
 
     def _check_usable(self) -> None:
         if not any(self.fleet.train.get(d) for d in self.fleet.nodes):
-            raise RunError(f"no usable device: {self._why_none()}")
-
-    def _why_none(self) -> str:
-        reasons = sorted({*self.fleet.refused.values(), *self.fleet.quarantined.values()})
-        return "; ".join(reasons[:5]) or "none of them holds a training example"
+            raise RunError(f"no usable device: {self.fleet.why_none()}")
 
     def _restore(self) -> None:
         """Build top model and plan; take up a checkpoint where there is one.
@@ -284,7 +280,7 @@ class SplitTuning(Strategy):
             _, metrics = self.aggregate_train(number, [r for r in replies.values() if r])
             record |= {"kind": "release", **dict(metrics or {})}
         if not self.fleet.nodes and not any(True for _ in self._present(self._all_asks())):
-            raise RunError(f"no usable device is left: {self._why_none()}")
+            raise RunError(f"no usable device is left: {self.fleet.why_none()}")
         # the next round's messages travel, and devices compute, while the cloud trains on this one
         evaluates = self._due(number, self.config.train.evaluate_every)
         if not evaluates:

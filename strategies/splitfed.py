@@ -121,7 +121,7 @@ class SplitFedTuning(FederatedTuning):
         begun = time.perf_counter()
         drawn = self._drawn(number)
         if not drawn:
-            raise RunError(f"no usable device is left: {self._why_none()}")
+            raise RunError(f"no usable device is left: {self.fleet.why_none()}")
         waited = self._exchange.seconds_waited
         totals: dict[str, float] = {"seconds_fit": 0.0, "peak_memory_bytes": 0.0}
         losses, sums, ended, seconds = self._take_steps(number, drawn, totals)
