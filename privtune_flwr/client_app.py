@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from privtune_flwr.bundle import BundleError, Manifest
+from privtune_flwr.client_describe import description
 from privtune_flwr.client_fit import register as register_fit
 from privtune_flwr.client_slow import slow_mod
 from privtune_flwr.client_splitfed import register as register_splitfed
@@ -40,7 +41,6 @@ from privtune_flwr.protocol import (
     ProvisionRequest,
     ReleaseRequest,
 )
-from privtune_flwr.protocol.replies import DEVICE
 from privtune_flwr.protocol.requests import INQUIRY, PAYLOAD
 from privtune_flwr.protocol.updates import LEARNER_METRICS, update_header
 
@@ -60,20 +60,7 @@ def describe(message: Message, context: Context) -> Message:
     home.policy.check_releases(request.epochs)
     if request.learning_rounds:
         home.policy.check_learning(request.learning_rounds, request.clip, request.noise)
-    holdings = _holdings(context, home)
-    record = ConfigRecord(
-        {
-            "schema": SCHEMA_VERSION,
-            "run_id": request.run_id,
-            "device_id": home.device_id,
-            "train_examples": len(holdings.train.texts),
-            "eval_examples": len(holdings.evaluation.texts),
-            "label_names": "\n".join(holdings.label_names),
-            "held": ",".join(b for b in request.bundles.split(",") if b and home.bundles.holds(b)),
-            "policy": home.policy.public_json(),
-        }
-    )
-    return Message(RecordDict({DEVICE: record}), reply_to=message)
+    return description(message, request, home, _holdings(context, home))
 
 
 @app.query("provision")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from privtune_flwr.client_describe import description
 from privtune_flwr.config import load_run_config
 from privtune_flwr.data import tokenise
 from privtune_flwr.device import DeviceHome, Holdings, open_holdings
@@ -39,7 +40,7 @@ from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.learned_update import digest_of, norm_of
 from privtune_flwr.privacy.learning import State
 from privtune_flwr.privacy.update_mod import received_state
-from privtune_flwr.protocol import METRICS, SCHEMA_VERSION
+from privtune_flwr.protocol import METRICS
 from privtune_flwr.protocol.fit import (
     ANSWER,
     FIT_HEADER,
@@ -50,7 +51,6 @@ from privtune_flwr.protocol.fit import (
     check_fit,
     fit_reply,
 )
-from privtune_flwr.protocol.replies import DEVICE
 from privtune_flwr.protocol.updates import state_record
 
 _KEPT = "fit-kept.safetensors"
@@ -81,20 +81,7 @@ def join(message: Message, context: Context) -> Message:
         home.policy.check_fit(settings.shares, settings.rounds, _promised(settings, home))
     if settings.epsilon is not None:
         require_opacus()
-    holdings = _holdings(context, home)
-    record = ConfigRecord(
-        {
-            "schema": SCHEMA_VERSION,
-            "run_id": request.run_id,
-            "device_id": home.device_id,
-            "train_examples": len(holdings.train.texts),
-            "eval_examples": len(holdings.evaluation.texts),
-            "label_names": "\n".join(holdings.label_names),
-            "held": ",".join(b for b in request.bundles.split(",") if b and home.bundles.holds(b)),
-            "policy": home.policy.public_json(),
-        }
-    )
-    return Message(RecordDict({DEVICE: record}), reply_to=message)
+    return description(message, request, home, _holdings(context, home))
 
 
 def fit(message: Message, context: Context) -> Message:
