@@ -16,6 +16,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from learned_kit import Wire, run_folder
+from scipy import stats
 from tiny_models import WORDS, save_tiny
 
 from privtune_flwr import client_app
@@ -188,3 +189,13 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float]) -> State:
         n: sum(w / total * s[n].astype(np.float64) for s, w in zip(states, weights, strict=True))
         for n in states[0]
     }
+
+
+def noise_holds(update: State, scale: float) -> bool:
+    """Hold a sample to a centred Gaussian of this standard deviation."""
+    values = flat(update)
+    spread = values.std() / scale
+    return bool(
+        abs(spread - 1) < 5 / np.sqrt(2 * values.size)
+        and stats.kstest(values / scale, "norm").pvalue > 1e-4
+    )
