@@ -10,6 +10,7 @@ round as well. Rows go to ``simulations/results/inversion.json``; a row that is 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 import time
@@ -184,7 +185,8 @@ def _fit(
     knowledge: CloudKnowledge,
 ) -> Update:
     ids, labels = _text(device, size, knowledge.tokenizer)
-    work = Work(ids, labels, number, method.settings.rounds, 0.0, device, {})
+    key = hashlib.sha256(f"inversion study, device {device}".encode()).digest()
+    work = Work(ids, labels, number, method.settings.rounds, 0.0, device, {}, noise_key=key)
     received = dict(method.fit(state, work).arrays)
     return Update(state, received, len(ids), number, method.settings.rounds)
 

@@ -131,13 +131,17 @@ def inversion() -> str:
         "floor: content words |",
         "|---|---|---|---|---|---|",
     ]
-    for row in _load("inversion.json")["rows"]:
+    rows = _load("inversion.json")["rows"]
+    missed = sorted({row["tuning"] for row in rows if row["attack"] == "none"})
+    for row in (row for row in rows if row["attack"] != "none"):
         cells = [row["name"], row["attack"]]
         for source, kinds in ((row, ("token", "content")), (row["floor"], ("token", "content"))):
             for kind in kinds:
                 pair = (source.get(f"{kind}_{what}") for what in ("recall", "precision"))
                 cells.append("/".join("-" if v is None else f"{100 * v:.0f}" for v in pair))
         lines.append(f"| {' | '.join(cells)} |")
+    if missed:
+        lines += ["", f"No attack here reads updates of: {', '.join(missed)} (left out)."]
     return "\n".join(lines) + "\n"
 
 

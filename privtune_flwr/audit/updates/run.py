@@ -9,6 +9,7 @@ moved once, so with LoRA a later round is attacked as well.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -210,7 +211,9 @@ def _answer(
     train = device.holdings.train
     ids = tokenise(method.model.parts.tokenizer, train.texts, config.model.max_length)
     prox = settings.federated.proximal_mu if settings.train.strategy == "fedprox" else 0.0
-    work = Work(ids, train.labels, number, settings.rounds, prox, device.seed, {})
+    # of DP-SGD's noise the law is known, not the device's key: another draw stands for it
+    key = hashlib.sha256(f"{device.seed}/{number}".encode()).digest()
+    work = Work(ids, train.labels, number, settings.rounds, prox, device.seed, {}, noise_key=key)
     received = fitted(method, state, work)
     update = Update(state, received, len(ids), number, settings.rounds)
     if settings.train.strategy == "dp-fedavg":
