@@ -5,7 +5,8 @@ run, then read by an honest-but-curious cloud (:mod:`privtune_flwr.audit.updates
 LoRA and soft prompts; plain SGD and AdamW; one step on 1, 4 or 16 sentences, and a device's whole
 round (160 sentences in five steps); what DP-FedAvg's clipping and DP-SGD on the device change.
 Adapters start at zero and say little before they have moved, so LoRA is attacked in the second
-round as well. Rows go to ``simulations/results/inversion.json``; a row that is there is kept.
+round as well. So are the updates of the default bottleneck's learning phase. Rows go to
+``simulations/results/inversion.json``; a row that is there is kept.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import hashlib
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,8 +40,9 @@ from privtune_flwr.data import (
 from privtune_flwr.federated.methods import Work
 from privtune_flwr.federated.settings import FitSettings
 from privtune_flwr.federated.weights import WeightsMethod
-from privtune_flwr.models import resolve_model
+from privtune_flwr.models import load_tokenizer, resolve_model
 from privtune_flwr.privacy.learning import State
+from simulations.inversion_learning import LearningPhase
 from simulations.study import RESULTS, add_row, stored_rows
 
 DEVICES = 3
@@ -48,6 +50,7 @@ PARTS = 20
 WHOLE = 160
 SECONDS = 20.0  # to put one device's sentences together
 LABELS = ("negative", "positive")
+LEARNING = {"learning-adamw-round": 1, "learning-adamw-round-later": 2}
 _PUBLIC: list[NDArray[np.int32]] = []
 # each at the larger end of what trains, so that a gradient is not lost in float32's rounding
 RATES: dict[tuple[str, str], float] = {
@@ -159,8 +162,6 @@ def measured(setting: Setting) -> dict[str, Any]:
             update = clipped(update, config.federated.update_clip)
         ids, _ = _text(device, setting.batch, knowledge.tokenizer)
         devices.append(attack_update(update, ids, knowledge, seconds=SECONDS))
-    attacks = {name: over_devices(devices, name) for name in devices[0]}
-    best = best_attack(attacks)
     return {
         "tuning": setting.tuning,
         "optimizer": setting.optimizer,
@@ -168,12 +169,41 @@ def measured(setting: Setting) -> dict[str, Any]:
         "round": setting.round,
         "guard": setting.guard,
         "learning_rate": config.train.learning_rate,
-        "attack": best,
-        **attacks[best],
-        "attacks": attacks,
-        "per_device": devices,
+        **_summary(devices),
         "seconds": time.process_time() - begun,
     }
+
+
+def measured_learning(number: int) -> dict[str, Any]:
+    """Attack the updates of the default bottleneck's learning phase, in round 1 or 2."""
+    begun = time.process_time()
+    tokenizer = load_tokenizer(Path(resolve_model("minilm")))
+    phase = LearningPhase(RunConfig().model.cut, LABELS, _public(tokenizer))
+    state = phase.learner.start()
+    if number > 1:
+        ids, labels = _text(PARTS - 1, 0, tokenizer)
+        _, state = phase.update(state, ids, labels, number=1, seed=PARTS - 1)
+    devices = []
+    for device in range(DEVICES):
+        ids, labels = _text(device, 0, tokenizer)
+        update, _ = phase.update(state, ids, labels, number=number, seed=device)
+        devices.append(attack_update(update, ids, phase.knowledge, seconds=SECONDS))
+    return {
+        "tuning": "learning",
+        "optimizer": "adamw",
+        "batch": 0,
+        "round": number,
+        "guard": "none",
+        "learning_rate": RunConfig().privacy.learning.learning_rate,
+        **_summary(devices),
+        "seconds": time.process_time() - begun,
+    }
+
+
+def _summary(devices: list[dict[str, Any]]) -> dict[str, Any]:
+    attacks = {name: over_devices(devices, name) for name in devices[0]}
+    best = best_attack(attacks)
+    return {"attack": best, **attacks[best], "attacks": attacks, "per_device": devices}
 
 
 def _fit(
@@ -200,18 +230,22 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     command = f"python -m simulations.inversion {' '.join(sys.argv[1:])}".strip()
-    for setting in settings():
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        **{setting.name: partial(measured, setting) for setting in settings()},
+        **{name: partial(measured_learning, number) for name, number in LEARNING.items()},
+    }
+    for name, measure in work.items():
         # read anew each time: another process may share the work
         done = {row["name"] for row in stored_rows(target)}
-        if setting.name in done or only not in setting.name:
+        if name in done or only not in name:
             continue
-        if setting.guard == "dp-sgd" and importlib.util.find_spec("opacus") is None:
-            print(f"{setting.name}: left out, DP-SGD needs the extra with opacus")
+        if "dp-sgd" in name and importlib.util.find_spec("opacus") is None:
+            print(f"{name}: left out, DP-SGD needs the extra with opacus")
             continue
-        row = measured(setting)
-        add_row(target, {"name": setting.name, "command": command, **row}, {"devices": DEVICES})
+        row = measure()
+        add_row(target, {"name": name, "command": command, **row}, {"devices": DEVICES})
         print(
-            f"{setting.name}: content words {row['content_recall']:.3f} by {row['attack']}, "
+            f"{name}: content words {row['content_recall']:.3f} by {row['attack']}, "
             f"{row['seconds']:.0f} s",
             flush=True,
         )

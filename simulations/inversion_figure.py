@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_TUNINGS = ("full", "lora", "prompt")
+_TUNINGS = ("full", "lora", "learning", "prompt")
 
 
 def draw_inversion(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -27,7 +27,7 @@ def draw_inversion(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasSVG(figure)
     heights = [max(1, sum(r["tuning"] == t for r in rows)) for t in _TUNINGS]
-    axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    axes = figure.subplots(len(_TUNINGS), 1, sharex=True, gridspec_kw={"height_ratios": heights})
     for axis, tuning in zip(axes, _TUNINGS, strict=True):
         own = sorted((r for r in rows if r["tuning"] == tuning), key=_order)
         places = list(range(len(own)))
