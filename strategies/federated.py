@@ -47,11 +47,9 @@ from strategies.evaluation import sum_evaluations
 from strategies.exchange import EVALUATION, Exchange, Traffic, failure
 from strategies.faults import ReplyLoss
 from strategies.fleet import Fleet, describe, provision, wait_for_nodes
+from strategies.intake import add_metrics
 
 logger = logging.getLogger("privtune.cloud")
-
-# metrics of which the largest counts; the others are summed over devices
-_LARGEST = ("epsilon", "delta", "spent_fits", "peak_memory_bytes")
 
 
 class FederatedTuning(Strategy):
@@ -187,7 +185,7 @@ class FederatedTuning(Strategy):
         """
         answers = {reply.metadata.src_node_id: reply for reply in replies}
         kept: list[Message] = []
-        totals: dict[str, float] = {"devices": 0, "examples": 0}
+        totals = {"devices": 0.0, "examples": 0.0}
         for node, request in sorted(self._asked.items(), key=lambda a: self._name(a[0])):
             device = self._name(node)
             reply = answers.get(node)
@@ -206,10 +204,7 @@ class FederatedTuning(Strategy):
             kept.append(self._for_flower(reply, received))
             totals["devices"] += 1
             totals["examples"] += received.examples
-            for key, value in received.metrics.items():
-                before = totals.get(key, 0.0)
-                largest = key.startswith(_LARGEST)
-                totals[key] = max(before, value) if largest else before + value
+            add_metrics(totals, received.metrics)
         self._asked = {}
         return kept, totals
 
@@ -238,8 +233,7 @@ class FederatedTuning(Strategy):
     def _tagged(self, messages: Iterable[Message]) -> list[Message]:
         tagged: list[Message] = []
         for message in messages:
-            node = message.metadata.dst_node_id
-            request = FitRequest.from_content(message.content)
+            node, request = message.metadata.dst_node_id, FitRequest.from_content(message.content)
             self._asked[node] = request
             tagged.append(to_message(message.content, node, request.action))
         return tagged
@@ -247,7 +241,7 @@ class FederatedTuning(Strategy):
     def _name(self, node: int) -> str:
         return self._exchange.names.get(node, f"node-{node}")
 
-    # ------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------- the loop
 
     def start(
         self,
@@ -397,12 +391,13 @@ class FederatedTuning(Strategy):
             for key in ("loss", "test_accuracy", "eval_accuracy")
             if key in record
         )
+        counts = f"{record['devices']:.0f} devices, {record['examples']:.0f} examples"
+        told, waited = numbers or "nothing told", record["seconds_wire"]
         logger.info(
-            "round %d/%d: %d devices, %d examples, %s, %.1f s waiting",
+            "round %d/%d: %s, %s, %.1f s waiting",
             record["round"],
             self.rounds,
-            record["devices"],
-            record["examples"],
-            numbers or "nothing told",
-            record["seconds_wire"],
+            counts,
+            told,
+            waited,
         )

@@ -16,7 +16,7 @@ from strategies.exchange import failure
 from strategies.fleet import Fleet
 
 # metrics of which the largest counts; the others are summed over devices
-_LARGEST = ("spent", "eta_max", "epsilon_max", "bits_max", "peak")
+_LARGEST = ("spent", "eta_max", "epsilon", "delta", "bits_max", "peak")
 
 
 def terms_of(cloud: CloudSide, run_id: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Intake:
             self._store.append(ask.key, chunk.rows_ND, chunk.lengths_B.tolist(), labels)
             totals["devices"] += 1
             totals["examples_new"] += ask.examples
-            _add(totals, chunk.metrics)
+            add_metrics(totals, chunk.metrics)
             self.spent[ask.device] = {
                 name.removeprefix("spent_"): value
                 for name, value in chunk.metrics.items()
@@ -135,7 +135,8 @@ class Intake:
         )
 
 
-def _add(totals: dict[str, float], metrics: Mapping[str, float]) -> None:
+def add_metrics(totals: dict[str, float], metrics: Mapping[str, float]) -> None:
+    """Add one device's metrics to the round's: peaks and totals by their largest."""
     for key, value in metrics.items():
         before = totals.get(key, 0.0)
         totals[key] = max(before, value) if key.startswith(_LARGEST) else before + value

@@ -26,7 +26,6 @@ from tiny_models import load_uncut, pad_ids, save_tiny, sentences
 
 from privtune_flwr.config import RunConfig, flatten, load_run_config
 from privtune_flwr.errors import RunError
-from privtune_flwr.federated import local
 from privtune_flwr.federated.local import train_locally
 from privtune_flwr.federated.methods import Work
 from privtune_flwr.federated.settings import FitSettings
@@ -36,6 +35,7 @@ from privtune_flwr.models import cut_model
 from privtune_flwr.protocol import METRICS
 from privtune_flwr.protocol.fit import ANSWER, FIT
 from privtune_flwr.protocol.requests import REQUEST
+from privtune_flwr.training import trainer
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -126,7 +126,7 @@ def test_rounds_go_through_the_schedule_of_the_run(
         asked.append((step, total))
         return 1.0
 
-    monkeypatch.setattr(local, "schedule_factor", factor)
+    monkeypatch.setattr(trainer, "schedule_factor", factor)
     model = model_of(place.cloud())
     ids, labels = sentences([4, 5, 6, 7, 8]), [0, 1, 0, 1, 0]
     for first in (0, 1, 2):

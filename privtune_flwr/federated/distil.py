@@ -48,7 +48,7 @@ from privtune_flwr.federated.whole import WholeModel, load_whole, pad
 from privtune_flwr.models import BottomModel, load_tokenizer
 from privtune_flwr.privacy.learning import State
 from privtune_flwr.training.batches import batch_order
-from privtune_flwr.training.trainer import schedule_factor
+from privtune_flwr.training.trainer import span_factors
 
 PUBLIC_FILE = "public.safetensors"
 #: What the cloud sends: the pooled logits (N, C), or in place of them that there are none yet.
@@ -209,16 +209,14 @@ def distil(
     trained = list(model.trainable().values())
     device = trained[0].device
     total = local_steps(len(sequences), config.batch_size, federated.distil_epochs)
-    first, last = progress
-    run_steps = max(total, round(total / max(last - first, 1e-9)))
+    factors = span_factors(total, progress, config)
     lengths = [len(s) for s in sequences]
     loss_sum, step = 0.0, 0
     model.train()
     for epoch in range(federated.distil_epochs):
         for batch in batch_order(lengths, config.batch_size, [seed, 1, epoch]):
-            factor = schedule_factor(round(first * run_steps) + step, run_steps, config)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * factor
+                group["lr"] = rate * factors[step]
             ids_BT, mask_BT = (t.to(device) for t in pad([sequences[i] for i in batch]))
             wanted_BC = torch.from_numpy(teacher_NC[batch]).to(device)
             loss = distillation_loss(model(ids_BT, mask_BT), wanted_BC, federated.temperature)

@@ -25,7 +25,7 @@ from privtune_flwr.federated.local import LocalResult, make_optimizer
 from privtune_flwr.federated.methods import Work
 from privtune_flwr.federated.whole import WholeModel, pad
 from privtune_flwr.privacy.keyed import keyed_generator
-from privtune_flwr.training.trainer import schedule_factor
+from privtune_flwr.training.trainer import span_factors
 
 if TYPE_CHECKING:
     from privtune_flwr.federated.dp_optimizer import KeyedDPOptimizer
@@ -186,8 +186,6 @@ def train_privately(
     )
     sampling = keyed_generator(work.noise_key, "dp-sgd", "sample")
     total = budget.steps * epochs
-    first, last = progress
-    run_steps = max(total, round(total / max(last - first, 1e-9)))
     loss_sum, correct, seen = 0.0, 0, 0
     model.train()
     with _dropout_from(work.seed), per_example_gradients(model):
@@ -201,8 +199,7 @@ def train_privately(
         if work.proximal_mu > 0:
             _pull_back(optimizer, work.proximal_mu)
         base = [float(group["lr"]) for group in optimizer.param_groups]
-        for step in range(total):
-            factor = schedule_factor(round(first * run_steps) + step, run_steps, train)
+        for factor in span_factors(total, progress, train):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * factor
             drawn = sampling.random(len(work.sequences)) < budget.sample_rate

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from privtune_flwr.federated.whole import WholeModel, pad
 from privtune_flwr.training.batches import batch_order
-from privtune_flwr.training.trainer import accuracy_and_loss, schedule_factor
+from privtune_flwr.training.trainer import accuracy_and_loss, span_factors
 
 Ids = Sequence[NDArray[np.int32]]
 #: Outputs beyond it count as this much where a device evaluates.
@@ -109,19 +109,16 @@ def train_locally(
     trained = model.trainable()
     anchor = {n: p.detach().clone() for n, p in trained.items()} if proximal_mu > 0 else {}
     total = local_steps(len(sequences), config.batch_size, epochs)
-    first, last = progress
-    # the run's schedule in steps of this machine's size
-    run_steps = max(total, round(total / max(last - first, 1e-9)))
+    factors = span_factors(total, progress, config)
     loss_sum, correct, seen, step, rate_sum = 0.0, 0, 0, 0, 0.0
     device = next(model.parameters()).device
     lengths = [len(s) for s in sequences]
     model.train()
     for epoch in range(epochs):
         for batch in batch_order(lengths, config.batch_size, [seed, first_epoch + epoch]):
-            factor = schedule_factor(round(first * run_steps) + step, run_steps, config)
-            rate_sum += factor
+            rate_sum += factors[step]
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * factors[step]
             target_B = torch.tensor([labels[i] for i in batch], device=device)
             logits_BC = model(*(t.to(device) for t in pad([sequences[i] for i in batch])))
             loss = nn.functional.cross_entropy(logits_BC, target_B)

@@ -52,6 +52,25 @@ def schedule_factor(step: int, total: int, config: TrainConfig) -> float:
     return 1.0
 
 
+def span_factors(total: int, span: tuple[float, float], config: TrainConfig) -> list[float]:
+    """Give the schedule's factor for each of ``total`` steps that make up a part of a run.
+
+    Parameters
+    ----------
+    total : int
+        Steps of one machine in this part.
+    span : (float, float)
+        From which share of the run to which it goes; the run has as many steps as this machine
+        would make in all of it.
+    config : TrainConfig
+        ``schedule`` and ``warmup``.
+    """
+    first, last = span
+    run_steps = max(total, round(total / max(last - first, 1e-9)))
+    begin = round(first * run_steps)
+    return [schedule_factor(begin + step, run_steps, config) for step in range(total)]
+
+
 class TopModelTrainer:
     """Optimiser, schedule and loop for a classifier fed with representations.
 

@@ -24,7 +24,7 @@ from privtune_flwr.federated.local import local_steps
 from privtune_flwr.federated.settings import FitSettings
 from privtune_flwr.federated.whole import WholeModel
 from privtune_flwr.privacy.learning import State
-from privtune_flwr.training.trainer import schedule_factor
+from privtune_flwr.training.trainer import span_factors
 
 
 class Motion:
@@ -87,10 +87,8 @@ class Motion:
 def rate_factors(settings: FitSettings, update: Update) -> list[float]:
     """Give the schedule's factor of each step of the round, as devices compute it."""
     total = local_steps(update.examples, settings.train.batch_size, settings.federated.local_epochs)
-    first, last = (update.round - 1) / update.rounds, update.round / update.rounds
-    run_steps = max(total, round(total / max(last - first, 1e-9)))
-    begin = round(first * run_steps)
-    return [schedule_factor(begin + s, run_steps, settings.train) for s in range(total)]
+    span = (update.round - 1) / update.rounds, update.round / update.rounds
+    return span_factors(total, span, settings.train)
 
 
 def _decay(model: WholeModel, update: Update, name: str) -> NDArray[np.float32]:

@@ -1,0 +1,270 @@
+"""Comparisons of recorded runs: running, resuming, outputs, the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_kit import Recorded, plan_from, recorded, write_scenario
+from rich.console import Console
+from typer.testing import CliRunner
+
+from privtune_flwr.cli import main
+from privtune_flwr.compare import command
+from privtune_flwr.compare.outcome import failure_file, find_outcome
+from privtune_flwr.compare.runner import gather, known_runs, run_all
+from privtune_flwr.compare.summary import DEFINITIONS, summarise
+from privtune_flwr.compare.table import as_csv, markdown, short_markdown
+from privtune_flwr.config import ConfigError
+
+INVERSION = {"attack": "span", "token_recall": 0.5, "content_recall": 0.4}
+QUIET = Console(file=io.StringIO())
+TWO = 'methods = ["ours", "fedavg-lora"]\n'
+GRID = "grid = [0.3, 1, 3]\n"
+
+
+# --------------------------------------------------------------------------------- running, resume
+
+
+def run(plan: Any, execute: Recorded, **options: Any) -> list[str]:
+    return run_all(plan, execute=execute, after=lambda: None, console=QUIET, **options)
+
+
+def by_multiplier(name: str, results: dict[str, Any]) -> None:
+    """Let the devices prefer x 3; the test set prefers x 0.3."""
+    point = float(name.split("-x")[1].split("-")[0])
+    results["final"] |= {"eval_accuracy": 0.5 + point / 10, "test_accuracy": 0.9 - point / 10}
+
+
+def test_a_comparison_runs_its_grids_then_its_seeds_and_never_twice(tmp_path: Path) -> None:
+    plan = plan_from(tmp_path, TWO + GRID + "seeds = [0, 1]\n")
+    execute = Recorded(by_multiplier)
+    assert run(plan, execute) == []
+    grids = [f"{m}-x{p}-seed0" for m in ("ours", "fedavg-lora") for p in ("0.3", "1", "3")]
+    assert execute.asked == [*grids, "ours-x3-seed1", "fedavg-lora-x3-seed1"]
+    assert (plan.runs / "ours-x3-seed1.log").read_text() == "round 1/2\nround 2/2\n"
+    again = Recorded()
+    assert run(plan, again) == []
+    assert again.asked == []
+
+
+def test_only_what_matches_is_run(tmp_path: Path) -> None:
+    plan = plan_from(tmp_path, TWO + GRID)
+    execute = Recorded()
+    run(plan, execute, only="fedavg-*-seed0")
+    assert [n.partition("-x")[0] for n in execute.asked] == ["fedavg-lora"] * 3
+
+
+def test_an_interrupted_run_goes_on_and_a_failed_one_is_tried_again(tmp_path: Path) -> None:
+    plan = plan_from(tmp_path, TWO)
+
+    def broken(name: str, results: dict[str, Any]) -> None:
+        if name.startswith("ours"):
+            raise RuntimeError("no device came")
+
+    first = Recorded(broken)
+    assert run(plan, first) == ["ours-x1-seed0"]
+    assert first.asked == ["ours-x1-seed0", "fedavg-lora-x1-seed0"]  # the others went on
+    (ours, lora) = known_runs(plan)
+    assert (ours.state, ours.reason, lora.state) == ("failed", "no device came", "finished")
+    content = summarise(plan, "")
+    assert content["methods"][0]["failed"] == {"ours-x1-seed0": "no device came"}
+    assert content["methods"][0]["accuracy"] is None
+    assert "no device came" in markdown(content)
+    second = Recorded()
+    assert run(plan, second) == []
+    # inside the folder that the first try left
+    assert second.asked == second.resumed == ["ours-x1-seed0"]
+    assert not failure_file(plan, ours.run).exists()
+
+
+def test_a_failed_grid_point_leaves_the_choice_to_the_others(tmp_path: Path) -> None:
+    plan = plan_from(tmp_path, 'methods = ["fedavg-lora"]\n' + GRID)
+
+    def broken(name: str, results: dict[str, Any]) -> None:
+        by_multiplier(name, results)
+        if "x3" in name:
+            raise RuntimeError("diverged")
+
+    assert run(plan, Recorded(broken)) == ["fedavg-lora-x3-seed0"]
+    found = gather(plan, plan.methods[0])
+    assert found.chosen == 1.0
+    assert "| failed |" in markdown(summarise(plan, ""))
+
+
+def test_a_finished_run_of_another_configuration_is_no_row(tmp_path: Path) -> None:
+    run(plan_from(tmp_path, TWO), Recorded())
+    changed = plan_from(tmp_path, TWO + "[compare.settings.fedavg-lora]\nmodel.lora-rank = 4\n")
+    assert find_outcome(changed, changed.grid_runs(changed.methods[0])[0]).state == "finished"
+    with pytest.raises(ConfigError, match=r"model\.lora-rank = 4.*fedavg-lora-x1-seed0.*--runs"):
+        summarise(changed, "")
+
+
+# ----------------------------------------------------------------------------------------- outputs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
+    text = 'methods = ["ours", "fedavg-lora", "central", "local"]\n' + GRID
+    plan = plan_from(
+        tmp_path_factory.mktemp("done"), text + 'seeds = [0, 1, 2]\nsingle-seed = ["local"]\n'
+    )
+    base = {"ours": 0.70, "fedavg-lora": 0.75, "central": 0.80, "local": 0.60}
+
+    def change(name: str, results: dict[str, Any]) -> None:
+        by_multiplier(name, results)
+        seed = int(name[-1])
+        results["final"]["test_accuracy"] = base[name.partition("-x")[0]] + seed / 100
+        if name.startswith("central"):
+            results["final"]["test_accuracy"] += seed / 100
+            for record in results["per_round"]:
+                del record["bytes_up"], record["bytes_down"]
+
+    run(plan, Recorded(change))
+    return plan, summarise(plan, "privtune compare small.toml")
+
+
+def test_rows_hold_mean_spread_and_distance_to_central(
+    finished: tuple[Any, dict[str, Any]],
+) -> None:
+    rows = {r["method"]: r for r in finished[1]["methods"]}
+    ours = rows["ours"]
+    assert (ours["seeds"], ours["multiplier"]) == ([0, 1, 2], 3.0)
+    assert ours["accuracy"] == pytest.approx(0.71)
+    assert ours["sd"] == pytest.approx(0.01)  # of a sample: n - 1
+    # central is 80, 82, 84: seed by seed 10, 11, 12 above ours
+    assert ours["points_below_central"] == pytest.approx(11)
+    # one seed is held against central's same seed, not against its mean
+    assert rows["local"]["points_below_central"] == pytest.approx(20)
+    assert rows["local"]["sd"] is None
+    assert ours["rates"]["train.learning-rate"] == pytest.approx(1.5e-4)
+    assert [p["eval_accuracy"] for p in ours["grid"]] == pytest.approx([0.53, 0.6, 0.8])
+    assert rows["central"]["projection"] is None
+    assert ours["projection"]["projected"] is True
+    assert ours["settings"] == {"train.strategy": "split"}
+    assert "2 learning rounds" in ours["cloud_sees"]
+    assert rows["local"]["cloud_sees"] == "nothing"
+    assert set(DEFINITIONS) - {"guarantee"} <= set(ours)
+
+
+def test_equal_budgets_are_stored(finished: tuple[Any, dict[str, Any]]) -> None:
+    axes = {(a["axis"], a["of"]): a for a in finished[1]["axes"]}
+    # the bottleneck's learning rounds cost more than adapters do
+    assert {axis for axis, _ in axes} == {"epochs", "bytes", "seconds"}
+    assert axes["bytes", "fedavg-lora"]["accuracy"]["ours"] is None
+    assert axes["bytes", "ours"]["accuracy"]["ours"] is not None
+
+
+def test_the_tables_say_how_rates_were_chosen_and_what_is_projected(
+    finished: tuple[Any, dict[str, Any]],
+) -> None:
+    content = finished[1]
+    text = markdown(content)
+    assert "same grid: 0.3, 1, 3" in text
+    assert "never by the test set" in text
+    assert "| ours | 3 | 71.0 ± 1.0 | 11.0 |" in text
+    assert "Projected, not measured" in text
+    assert "At an end of the grid" in text
+    assert "ours (x 3)" in text
+    assert "**80.0**" in text  # the chosen point's accuracy on the devices
+    for line in short_markdown(content).splitlines():
+        assert not line.startswith("#")
+    rows = list(csv.DictReader(io.StringIO(as_csv(content))))
+    assert [r["method"] for r in rows] == ["ours", "fedavg-lora", "central", "local"]
+    assert float(rows[0]["accuracy"]) == pytest.approx(0.71)
+    assert rows[3]["sd"] == ""
+
+
+def test_outputs_are_written_whole_and_figures_drawn(
+    finished: tuple[Any, dict[str, Any]], tmp_path: Path
+) -> None:
+    plan = finished[0]
+    (plan.runs / "fedavg-lora-x3-seed0" / "inversion.json").write_text(json.dumps(INVERSION))
+    options = command.CompareOptions(out=tmp_path / "small.json", figures=tmp_path / "figures")
+    content = command.write_outputs(plan, options, "privtune compare small.toml")
+    assert json.loads((tmp_path / "small.json").read_text()) == content
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "small.csv",
+        "small.json",
+        "small.md",
+    ]
+    drawn = {p.name: p.read_text() for p in (tmp_path / "figures").iterdir()}
+    wanted = ("bytes", "seconds", "attack", "curves", "curves-bytes")
+    assert set(drawn) == {f"small-{name}.svg" for name in wanted}
+    assert "content words read by an attacker" in drawn["small-attack.svg"]
+    for name in ("ours", "fedavg-lora", "central"):
+        assert name in drawn["small-bytes.svg"]
+    assert str(tmp_path) not in json.dumps(content)
+    command.write_outputs(plan, options, "privtune compare small.toml")
+    again = {p.name: p.read_text() for p in (tmp_path / "figures").iterdir()}
+    assert again == drawn  # the same rows give the same bytes
+
+
+def test_pruning_keeps_the_run_that_an_audit_attacks(tmp_path: Path) -> None:
+    plan = plan_from(tmp_path, 'methods = ["fedavg-lora"]\nseeds = [0, 1]\n' + GRID)
+    run(plan, Recorded(by_multiplier))
+    for name in ("x0.3-seed0", "x3-seed0", "x3-seed1"):
+        folder = plan.runs / f"fedavg-lora-{name}"
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_bytes(b"w" * 100)
+        (folder / "checkpoint.pt").write_bytes(b"c")
+    command.prune_finished(plan)
+    left = {p.parent.name for p in plan.runs.glob("*/checkpoint.pt")}
+    assert left == {p.parent.name for p in plan.runs.glob("*/model")} == {"fedavg-lora-x3-seed0"}
+    assert gather(plan, plan.methods[0]).chosen == 3.0
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def privtune(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["compare", *arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_the_plan_is_listed_with_expected_minutes(tmp_path: Path) -> None:
+    scenario = write_scenario(tmp_path, TWO + GRID + "seeds = [0, 1]\n")
+    options = ("--runs", str(tmp_path / "runs"), "--plan")
+    code, output = privtune(scenario, *options)
+    assert code == 0
+    assert "ours-x0.3-seed0" in output
+    assert "2 more once learning rates are chosen" in output
+    assert "6 of unknown length" in output
+    plan = plan_from(tmp_path, TWO + GRID)
+    run(plan, Recorded(), only="ours-x1-*")
+    minutes = recorded("split")["seconds"]["total"] / 60
+    _, output = privtune(scenario, *options, "--only", "ours*")
+    assert f"about {minutes:.1f}" in output
+    assert "fedavg-lora" not in output
+
+
+def test_the_table_shows_what_is_finished_without_running(tmp_path: Path) -> None:
+    scenario = write_scenario(tmp_path, TWO)
+    run(plan_from(tmp_path, TWO), Recorded(), only="fedavg*")
+    code, output = privtune(scenario, "--runs", str(tmp_path / "runs"), "--table")
+    assert code == 0
+    assert f"{100 * recorded('fedavg-lora')['final']['test_accuracy']:.1f}" in output
+    assert (tmp_path / "runs" / "comparison.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--methods", "ours,nosuch"), "method 'nosuch': unknown"),
+        (("--seeds", "0,x"), "--seeds 'x'"),
+        (("--seeds", "-1"), "--seeds '-1'"),
+    ],
+)
+def test_wrong_options_end_with_one_line(
+    arguments: tuple[str, str], named: str, tmp_path: Path
+) -> None:
+    scenario = write_scenario(tmp_path, TWO)
+    code, output = privtune(scenario, "--runs", str(tmp_path / "runs"), *arguments)
+    assert code == 1
+    assert output.startswith("privtune: ")
+    assert named in output
+    assert not (tmp_path / "runs").exists()
