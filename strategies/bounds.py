@@ -25,7 +25,7 @@ from privtune_flwr.privacy.learned_update import norm_of
 from privtune_flwr.privacy.learning import State
 from privtune_flwr.privacy.mods import in_simulation
 from privtune_flwr.protocol import to_message
-from privtune_flwr.protocol.fit import ANSWER, JudgeRequest
+from privtune_flwr.protocol.fit import ANSWER
 from privtune_flwr.results.run_folder import RunFolder
 from strategies.exchange import EVALUATION
 from strategies.federated import FederatedTuning
@@ -171,13 +171,7 @@ class CentralTuning(FederatedTuning):
             "seconds_wire": 0.0,
             "seconds_top": time.perf_counter() - begun,
         }
-        record["seconds_round"] = time.perf_counter() - begun
-        record |= self._exchange.traffic.training()
-        if self._due(number, self.config.train.test_every):
-            record |= self.test_record()
-        if self._due(number, self.config.train.evaluate_every):
-            record |= self._evaluate(number, grid)
-        return record
+        return self._completed(record, number, begun, grid)
 
     def _evaluate(self, number: int, grid: Grid) -> dict[str, Any]:
         examples = len(self._held_out[1])
@@ -276,12 +270,7 @@ class LocalTuning(FederatedTuning):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send each tested device its own model back, to judge on its evaluation examples."""
-        request = JudgeRequest(
-            run_id=self.folder.run_id,
-            model_id=self.cloud.model_id,
-            settings=self.cloud.settings.to_json(),
-            labels="\n".join(self.fleet.label_names),
-        )
+        request = self.judge_request()
         return [
             to_message(request.to_content_with(state), self.fleet.nodes[device], request.action)
             for device, state in self.models.items()

@@ -34,9 +34,7 @@ class DistilTuning(FederatedTuning):
     The ensemble is the mean of the devices' logits, weighted by their examples (FedMD, FedDF);
     Flower's ``FedAvg`` takes it. A mean of probabilities would bound each vote by itself, but a
     device that has seen one class answers nearly 1 for it everywhere, and what it knows of a
-    sentence is in small differences of logits that softening rounds away. In a proxy (heads on
-    frozen MiniLM states, movie-snippets, one seed) the two were alike on iid devices; on one-class
-    devices both were weak, and logits the better at each of four temperatures. What a mean of
+    sentence is in small differences of logits that softening rounds away. What a mean of
     logits is weak against, an over-confident or lying device, is met by a bound on each vote.
 
     ``state`` is the cloud's own model: pretrained before the first round, then distilled from each

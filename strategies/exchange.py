@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from privtune_flwr.config import RunConfig
 from privtune_flwr.protocol import to_message, wire_bytes
 from strategies.faults import ReplyLoss
 
@@ -206,6 +207,17 @@ class Exchange:
         """Post a group and wait for it."""
         self.post(messages)
         return self.collect()
+
+
+def open_exchange(grid: Grid, config: RunConfig, timeout: float = 0.0) -> Exchange:
+    """Open a run's exchange; ``timeout`` in seconds, 0 = the configuration's."""
+    return Exchange(
+        grid,
+        timeout=timeout or config.train.timeout,
+        traffic=Traffic({}),
+        retries=config.train.retries,
+        loss=ReplyLoss.of(config),
+    )
 
 
 def _lost_on_the_way(reply: Message | None) -> bool:

@@ -44,8 +44,7 @@ from strategies.aggregators import (
     restore_kept,
 )
 from strategies.evaluation import sum_evaluations
-from strategies.exchange import EVALUATION, Exchange, Traffic, failure
-from strategies.faults import ReplyLoss
+from strategies.exchange import EVALUATION, Exchange, failure, open_exchange
 from strategies.fleet import Fleet, describe, provision, wait_for_nodes
 from strategies.intake import add_metrics
 
@@ -101,12 +100,7 @@ class FederatedTuning(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the model to the devices that hold evaluation examples."""
-        request = JudgeRequest(
-            run_id=self.folder.run_id,
-            model_id=self.cloud.model_id,
-            settings=self.cloud.settings.to_json(),
-            labels="\n".join(self.fleet.label_names),
-        )
+        request = self.judge_request()
         content = request.to_content_with(self.state)
         return [
             to_message(content, node, request.action)
@@ -154,6 +148,15 @@ class FederatedTuning(Strategy):
             model_id=self.cloud.model_id,
             settings=self.cloud.settings.to_json(),
             public_id=self.cloud.public_id,
+            labels="\n".join(self.fleet.label_names),
+        )
+
+    def judge_request(self) -> JudgeRequest:
+        """Build the request to judge a model on a device's evaluation examples."""
+        return JudgeRequest(
+            run_id=self.folder.run_id,
+            model_id=self.cloud.model_id,
+            settings=self.cloud.settings.to_json(),
             labels="\n".join(self.fleet.label_names),
         )
 
@@ -264,13 +267,7 @@ class FederatedTuning(Strategy):
             If no device is usable.
         """
         started = time.monotonic()
-        self._exchange = Exchange(
-            grid,
-            timeout=timeout or self.config.train.timeout,
-            traffic=Traffic({}),
-            retries=self.config.train.retries,
-            loss=ReplyLoss.of(self.config),
-        )
+        self._exchange = open_exchange(grid, self.config, timeout)
         self._gather(grid)
         self.model = self.cloud.build(self.fleet.label_names)
         self.state = self.model.state()
@@ -357,12 +354,18 @@ class FederatedTuning(Strategy):
         record["seconds_top"] = time.perf_counter() - start
         if record.get("seen"):
             record["loss"] = record["loss_sum"] / record["seen"]
+        return self._completed(record, number, begun, seen)
+
+    def _completed(
+        self, record: dict[str, Any], number: int, begun: float, grid: Grid
+    ) -> dict[str, Any]:
+        """Add what a round cost, and the tests that are due after it."""
         record["seconds_round"] = time.perf_counter() - begun
         record |= self._exchange.traffic.training()
         if self._due(number, self.config.train.test_every):
             record |= self.test_record()
         if self._due(number, self.config.train.evaluate_every):
-            record |= self._evaluate(number, seen)
+            record |= self._evaluate(number, grid)
         return record
 
     def _due(self, number: int, every: int) -> bool:

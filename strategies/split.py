@@ -32,8 +32,7 @@ from privtune_flwr.training.plan import Ask, Plan, make_plan
 from privtune_flwr.training.store import Example, SmashedStore
 from privtune_flwr.training.trainer import TopModelTrainer, accuracy_and_loss
 from strategies.evaluation import sum_evaluations
-from strategies.exchange import EVALUATION, Exchange, Traffic
-from strategies.faults import ReplyLoss
+from strategies.exchange import EVALUATION, Exchange, Traffic, open_exchange
 from strategies.fleet import Fleet, describe, provision, wait_for_nodes
 from strategies.intake import Intake, terms_of
 from strategies.learning import learn_first, learning_terms
@@ -157,13 +156,7 @@ class SplitTuning(Strategy):
             If no device is usable.
         """
         started = time.monotonic()
-        self._exchange = Exchange(
-            grid,
-            timeout=timeout or self.config.train.timeout,
-            traffic=Traffic({}),
-            retries=self.config.train.retries,
-            loss=ReplyLoss.of(self.config),
-        )
+        self._exchange = open_exchange(grid, self.config, timeout)
         adopt_learned(self.cloud, self.folder.path)
         self._gather(grid)
         # a checkpoint, where there is one, holds these already and replaces them

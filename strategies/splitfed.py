@@ -144,13 +144,7 @@ class SplitFedTuning(FederatedTuning):
         last = schedule_step(number, self._steps, self._steps)
         factor = schedule_factor(last, self._trainer.total_steps, self.config.train)
         record["learning_rate"] = self.config.train.learning_rate * factor
-        record["seconds_round"] = time.perf_counter() - begun
-        record |= self._exchange.traffic.training()
-        if self._due(number, self.config.train.test_every):
-            record |= self.test_record()
-        if self._due(number, self.config.train.evaluate_every):
-            record |= self._evaluate(number, grid)
-        return record
+        return self._completed(record, number, begun, grid)
 
     def take(self, arrays: State) -> dict[str, Any]:
         """Make the averaged bottom model the cloud's own; the top model is its own already."""

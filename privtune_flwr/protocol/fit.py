@@ -21,6 +21,7 @@ from privtune_flwr.privacy.learning import State
 from privtune_flwr.protocol.replies import (
     METRICS,
     check_header,
+    check_sender,
     read_arrays,
     read_metrics,
     require,
@@ -259,11 +260,7 @@ def read_fit(
     """
     arrays = check_fit(content, request, schema)
     header = content.config_records[FIT_HEADER]
-    require(header["device_id"] == device_id, f"{FIT_HEADER}.device_id: another device")
-    require(
-        header["examples"] == examples,
-        f"{FIT_HEADER}.examples: not the number that the device described",
-    )
+    check_sender(header, FIT_HEADER, device_id=device_id, examples=examples)
     metrics = read_metrics(content, FIT_METRICS)
     # a device must not choose how much it counts
     weight = 1.0 if request.clip > 0 else float(examples)

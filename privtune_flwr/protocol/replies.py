@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from privtune_flwr.codec import get_codec
 from privtune_flwr.errors import InvalidReplyError
@@ -109,6 +109,15 @@ def check_header(record: dict[str, Any], types: dict[str, type], name: str) -> N
         if kind is str:
             require(len(record[key]) <= 4096, f"{name}.{key}: too long")
     require(record["schema"] == SCHEMA_VERSION, f"{name}.schema: wrong version")
+
+
+def check_sender(record: ConfigRecord, name: str, *, device_id: str, examples: int) -> None:
+    """Check that a header is of the device that was asked, for what it described."""
+    require(record["device_id"] == device_id, f"{name}.device_id: another device")
+    require(
+        record["examples"] == examples,
+        f"{name}.examples: not the number that the device described",
+    )
 
 
 def read_metrics(content: RecordDict, allowed: Collection[str]) -> dict[str, float]:
@@ -292,11 +301,7 @@ def read_release(
     """
     arrays = check_release(content, request, hidden=hidden, num_labels=num_labels, marked=False)
     header = content.config_records[RELEASE_HEADER]
-    require(header["device_id"] == device_id, f"{RELEASE_HEADER}.device_id: another device")
-    require(
-        header["examples"] == examples,
-        f"{RELEASE_HEADER}.examples: not the number that the device described",
-    )
+    check_sender(header, RELEASE_HEADER, device_id=device_id, examples=examples)
     lengths_B = arrays.pop("lengths")
     labels_B = arrays.pop("labels", None)
     rows_ND = get_codec(request.wire).decode(arrays, lengths_B)

@@ -19,6 +19,7 @@ from privtune_flwr.protocol.replies import (
     MARK,
     METRICS,
     check_header,
+    check_sender,
     read_arrays,
     read_metrics,
     require,
@@ -176,11 +177,7 @@ def read_update(
     """
     change = check_update(content, request, state, marked=False)
     header = content.config_records[LEARN_HEADER]
-    require(header["device_id"] == device_id, f"{LEARN_HEADER}.device_id: another device")
-    require(
-        header["examples"] == examples,
-        f"{LEARN_HEADER}.examples: not the number that the device described",
-    )
+    check_sender(header, LEARN_HEADER, device_id=device_id, examples=examples)
     return ReceivedUpdate(change, examples, read_metrics(content, LEARN_METRICS))
 
 

@@ -171,3 +171,20 @@ class PosteriorAttack(Attack):
             guesses.append(best.astype(np.int64))
             tell((index + 1) / len(released.rows))
         return guesses
+
+
+class TableAttack(PosteriorAttack):
+    """Inverts the mechanism's own table: an attacker of level ``unaware`` does not know it.
+
+    Raises
+    ------
+    ValueError
+        If the level is ``unaware``.
+    """
+
+    family: ClassVar[Family] = "exact"
+
+    def __init__(self, level: Level) -> None:
+        if level == "unaware":
+            raise ValueError("an attacker of level unaware does not know the mechanism's table")
+        super().__init__(level)

@@ -9,16 +9,14 @@ Shapes: ``T`` tokens of a sentence, ``d`` width of a row, ``V`` vocabulary, ``C`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privtune_flwr.audit.attacks.base import (
-    Family,
-    Level,
-    PosteriorAttack,
     Released,
+    TableAttack,
     Tell,
     silent,
 )
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from privtune_flwr.privacy.base import Channel
 
 
-class Exact(PosteriorAttack):
+class Exact(TableAttack):
     """Bayes' rule with the mechanism's own table: p(v | c) proportional to prior_v P(c | v).
 
     The symbol of a row is its nearest codeword, so that rounding on the wire does no harm.
@@ -44,13 +42,6 @@ class Exact(PosteriorAttack):
     ValueError
         If the level is ``unaware``.
     """
-
-    family: ClassVar[Family] = "exact"
-
-    def __init__(self, level: Level) -> None:
-        if level == "unaware":
-            raise ValueError("an attacker of level unaware does not know the mechanism's table")
-        super().__init__(level)
 
     @property
     def name(self) -> str:

@@ -12,17 +12,15 @@ candidates for the replacement.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from privtune_flwr.audit.attacks.base import (
-    Family,
-    Level,
-    PosteriorAttack,
     Released,
+    TableAttack,
     Tell,
     silent,
 )
@@ -40,7 +38,7 @@ _MISREAD = 1e-6  # what a token keeps of its prior where the table says it canno
 _FLAT = 0.5
 
 
-class Table(PosteriorAttack):
+class Table(TableAttack):
     """Bayes' rule with the law by which tokens are replaced.
 
     Parameters
@@ -53,13 +51,6 @@ class Table(PosteriorAttack):
     ValueError
         If the level is ``unaware``.
     """
-
-    family: ClassVar[Family] = "exact"
-
-    def __init__(self, level: Level) -> None:
-        if level == "unaware":
-            raise ValueError("an attacker of level unaware does not know the mechanism's table")
-        super().__init__(level)
 
     @property
     def name(self) -> str:
