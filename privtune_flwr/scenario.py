@@ -31,10 +31,14 @@ class Federation(Section):
 
 
 class Scenario(Section):
-    """One scenario: ``[federation]``, ``[config.<section>]`` and ``[compare]``."""
+    """One scenario: ``[federation]``, ``[config.<section>]`` and ``[compare]``.
+
+    One that ``extends`` another, by packaged name or file beside it, states what differs.
+    """
 
     name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$")
     description: str = ""
+    extends: str = ""
     federation: Federation = Federation()
     config: dict[str, Any] = Field(default_factory=dict)
     compare: CompareSection = CompareSection()
@@ -64,20 +68,42 @@ def load_scenario(name: str) -> Scenario:
     ConfigError
         If there is none, or naming the wrong key and what is allowed.
     """
-    path = Path(name)
+    values = _read(name, Path(), ())
+    scenario = validate_section(Scenario, {"name": Path(name).stem} | values)
+    scenario.run_config()
+    return scenario
+
+
+def _read(name: str, beside: Path, below: tuple[str, ...]) -> dict[str, Any]:
+    """Read a scenario's tables, on top of those of the one that it extends."""
+    path = beside / name
     if path.suffix == ".toml" and path.is_file():
-        text, stem = path.read_text(encoding="utf-8"), path.stem
+        text, identity, beside = path.read_text(encoding="utf-8"), str(path.resolve()), path.parent
     elif name in packaged_scenarios():
         source = resources.files("simulations") / "scenarios" / f"{name}.toml"
-        text, stem = source.read_text(encoding="utf-8"), name
+        text, identity = source.read_text(encoding="utf-8"), name
     else:
         raise ConfigError(
             f"scenario = {name!r}: no such file; packaged: {', '.join(packaged_scenarios())}"
         )
+    if identity in below:
+        raise ConfigError(f"scenario = {name!r}: extends itself")
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"scenario = {name!r}: {error}") from None
-    scenario = validate_section(Scenario, {"name": stem} | values)
-    scenario.run_config()
-    return scenario
+    base = values.get("extends", "")
+    if not isinstance(base, str):
+        raise ConfigError(f"extends = {base!r}: must be a scenario's name or file")
+    return _merged(_read(base, beside, (*below, identity)), values) if base else values
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Lay tables over tables; what is no table is replaced."""
+    merged = dict(base)
+    for key, value in own.items():
+        under = merged.get(key)
+        if isinstance(under, dict) and isinstance(value, dict):
+            value = _merged(under, value)
+        merged[key] = value
+    return merged

@@ -76,6 +76,30 @@ def test_a_wrong_scenario_names_the_key(text: str, named: list[str], tmp_path: P
         assert part in str(caught.value)
 
 
+def test_a_scenario_states_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
+    base = "[config.model]\ncut = 1\n[config.train]\nepochs = 7\n[compare]\nseeds = [0, 1]\n"
+    (tmp_path / "base.toml").write_text(base)
+    own = 'extends = "base.toml"\n[config.train]\nepochs = 2\n[compare]\nseeds = [5]\n'
+    scenario = load_scenario(write(tmp_path, own))
+    config = scenario.run_config()
+    assert (config.model.cut, config.train.epochs, scenario.compare.seeds) == (1, 2, (5,))
+    assert scenario.name == "mine"
+    packaged = load_scenario(write(tmp_path, 'extends = "slow"\n[federation]\nnum-supernodes = 3'))
+    assert packaged.run_config().simulation.slow_devices == pytest.approx(0.3)
+    assert packaged.federation.num_supernodes == 3
+
+
+@pytest.mark.parametrize(
+    ("extends", "reason"),
+    [('"mine.toml"', "extends itself"), ('"none.toml"', "no such file"), ("3", "must be a")],
+)
+def test_a_scenario_that_extends_nothing_sound_is_refused(
+    extends: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_scenario(write(tmp_path, f"extends = {extends}\n"))
+
+
 def test_an_unknown_scenario_lists_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"scenario = 'nosuch': no such file; packaged: .*demo"):
         load_scenario("nosuch")
