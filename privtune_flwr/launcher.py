@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import urllib.error
@@ -207,7 +209,7 @@ class SuperLink:
 
 @contextmanager
 def local_superlink(*, simulation: bool = True) -> Iterator[SuperLink]:
-    """Start a SuperLink on loopback; end it and all it started on the way out.
+    """Start a SuperLink on loopback; end it and all it started on the way out, SIGTERM included.
 
     Parameters
     ----------
@@ -257,11 +259,25 @@ def local_superlink(*, simulation: bool = True) -> Iterator[SuperLink]:
             cwd=Path.cwd(),
         )
     try:
-        _wait_until_healthy(process, port, log)
-        yield SuperLink(home, f"127.0.0.1:{port}", process.pid, environment)
+        with _termination_unwinds():
+            _wait_until_healthy(process, port, log)
+            yield SuperLink(home, f"127.0.0.1:{port}", process.pid, environment)
     finally:
         end_process_tree(process.pid)
         shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Let SIGTERM leave by way of every ``finally``, as an interrupt from the keyboard does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def flower_environment(home: Path) -> dict[str, str]:
