@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -258,6 +258,9 @@ def compare(
     prune: Annotated[
         bool, typer.Option("--prune/--keep", help="Delete what only an audit needs.")
     ] = False,
+    audit: Annotated[
+        Literal["no", "quick", "full"], typer.Option(help="Attack the table's runs as well.")
+    ] = "no",
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and their sizes.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Show what is finished.")] = False,
 ) -> None:
@@ -275,6 +278,7 @@ def compare(
             figures=figures,
             only=only,
             prune=prune,
+            audit=audit,
         )
         if plan:
             command.show_plan(command.plan_of(scenario, options), console, only)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
+from privtune_flwr.audit.options import AuditOptions
 from privtune_flwr.compare.axis import Axis, equal
 from privtune_flwr.compare.figures import draw_figures
 from privtune_flwr.compare.outcome import Outcome, prune
@@ -22,6 +23,8 @@ from privtune_flwr.compare.summary import summarise
 from privtune_flwr.compare.table import as_csv, console_table, markdown
 from privtune_flwr.results.run_folder import write_text
 from privtune_flwr.scenario import load_scenario
+
+Audit = Literal["no", "quick", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class CompareOptions:
         Pattern of run names.
     prune : bool
         Whether finished runs that no audit needs lose checkpoint, store and model.
+    audit : {"no", "quick", "full"}
+        Whether the table's runs are attacked as well, and how thoroughly.
     """
 
     methods: Sequence[str] = ()
@@ -57,6 +62,7 @@ class CompareOptions:
     figures: Path | None = None
     only: str = "*"
     prune: bool = False
+    audit: Audit = "no"
 
 
 def plan_of(scenario: str, options: CompareOptions) -> Plan:
@@ -112,6 +118,11 @@ def compare(
             failed = run_all(
                 plan, execute=execute or flower, after=after, only=options.only, console=console
             )
+        if options.audit != "no":
+            # the attackers' models and learners are loaded only if wanted
+            from privtune_flwr.compare.attacked import attack_table
+
+            attack_table(plan, AuditOptions(options.audit), after=after, console=console)
     content = write_outputs(plan, options, command)
     show(content, options, console)
     return failed

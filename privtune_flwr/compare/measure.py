@@ -153,6 +153,19 @@ def cloud_sees(said: str, results: Mapping[str, Any]) -> str:
     return said + (f"; updates of the mechanism in {rounds} learning rounds" if rounds else "")
 
 
+def attacked(folder: Path) -> bool:
+    """Whether somebody attacked what the run's cloud received."""
+    return _audited(folder).is_file() or _inverted(folder).is_file()
+
+
+def _audited(folder: Path) -> Path:
+    return folder / "audit" / "audit.json"
+
+
+def _inverted(folder: Path) -> Path:
+    return folder / "inversion.json"
+
+
 def attack(folder: Path) -> dict[str, Any] | None:
     """Read how much of the text an attacker gets out of what the cloud received in a run.
 
@@ -170,7 +183,7 @@ def attack(folder: Path) -> dict[str, Any] | None:
         ``by``; None where nobody attacked the run, or the audit's canaries say that it is not
         valid.
     """
-    audited, inverted = folder / "audit" / "audit.json", folder / "inversion.json"
+    audited, inverted = _audited(folder), _inverted(folder)
     if audited.is_file():
         from privtune_flwr.audit.attacks.base import LEVELS
         from privtune_flwr.audit.summary import best_value

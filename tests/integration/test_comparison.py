@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from privtune_flwr.audit.command import audit_runs
+from privtune_flwr.audit.options import AuditOptions
 from privtune_flwr.cli import main
 
 SCENARIO = """
@@ -61,4 +64,19 @@ def test_two_methods_end_in_one_table(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in runs.glob("*.log")}
     again = CliRunner().invoke(main, ["compare", str(scenario), "--runs", str(runs)])
     assert again.exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in runs.glob("*.log")} == before
+
+    # one run was attacked by hand, with one attack; the other is attacked now, the first not again
+    options = AuditOptions("quick", only=["retrieval-contextual-l2@*"])
+    audit_runs([runs / "split-clear-x1-seed0"], options, console=Console(quiet=True))
+    done = (runs / "split-clear-x1-seed0" / "audit" / "audit.json").stat().st_mtime_ns
+    audited = CliRunner().invoke(
+        main, ["compare", str(scenario), "--runs", str(runs), "--audit", "quick"]
+    )
+    assert audited.exit_code == 0, audited.output
+    assert (runs / "split-clear-x1-seed0" / "audit" / "audit.json").stat().st_mtime_ns == done
+    split, federated = json.loads((runs / "comparison.json").read_text())["methods"]
+    assert split["attack"]["of"] == "positions"
+    assert split["attack"]["tokens"] > 0.9  # clean representations
+    assert federated["attack"]["of"] == "distinct tokens"
     assert {p: p.stat().st_mtime_ns for p in runs.glob("*.log")} == before
