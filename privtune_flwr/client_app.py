@@ -7,8 +7,6 @@ messages but caches keyed by content.
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -43,6 +41,7 @@ from privtune_flwr.protocol import (
 )
 from privtune_flwr.protocol.requests import INQUIRY, PAYLOAD
 from privtune_flwr.protocol.updates import LEARNER_METRICS, update_header
+from privtune_flwr.usage import compute_seconds
 
 MAX_LOGIT = 20.0
 
@@ -111,7 +110,7 @@ def learn(message: Message, context: Context) -> Message:
     learner = kind.learner(request.spec, artefact, bottom, request.num_labels)
     # the device's own choice of order and drop-out, the same in a retry
     rng = keyed_generator(home.derive("order"), "learning", request.learn_key, request.round)
-    start = time.perf_counter()
+    start = compute_seconds()
     update = learner.update(
         state,
         tokenise(tokenizer, texts, request.max_length),
@@ -127,7 +126,7 @@ def learn(message: Message, context: Context) -> Message:
             CLEAN: raw_record(update.change),
             DEVICE_ONLY: ArrayRecord(data_record(home, texts, labels)),
             LEARN_HEADER: update_header(request, home.device_id, len(texts)),
-            METRICS: MetricRecord({**metrics, "seconds_learn": time.perf_counter() - start}),
+            METRICS: MetricRecord({**metrics, "seconds_learn": compute_seconds() - start}),
         }
     )
     return Message(content, reply_to=message)
@@ -143,10 +142,10 @@ def release(message: Message, context: Context) -> Message:
         raise Refusal(f"request.split = {request.split!r}: allowed: train, eval")
     chunk = _holdings(context, home).chunk(request.split, request.chunk, request.chunk_size)
     bottom, tokenizer = held_bottom(home, request.bottom_id)
-    start = time.perf_counter()
+    start = compute_seconds()
     ids = tokenise(tokenizer, chunk.texts, request.max_length)
     hidden = bottom.encode(ids)
-    seconds = time.perf_counter() - start
+    seconds = compute_seconds() - start
     keys = np.stack([np.frombuffer(home.example_key(t), dtype=np.uint8) for t in chunk.texts])
     content = RecordDict(
         {

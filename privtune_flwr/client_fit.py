@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import os
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from privtune_flwr.federated.dp_sgd import require_opacus
 from privtune_flwr.federated.local import evaluate_locally
 from privtune_flwr.federated.methods import FitMethod, Work, create_method
 from privtune_flwr.federated.settings import FitSettings
-from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.models import load_tokenizer
 from privtune_flwr.privacy.fit_ledger import FitTerms
 from privtune_flwr.privacy.keyed import keyed_generator
@@ -52,6 +50,7 @@ from privtune_flwr.protocol.fit import (
     fit_reply,
 )
 from privtune_flwr.protocol.updates import state_record
+from privtune_flwr.usage import compute_seconds, peak_memory_bytes
 
 _KEPT = "fit-kept.safetensors"
 # of public numbers alone; delta would be rounded to zero
@@ -119,7 +118,7 @@ def fit(message: Message, context: Context) -> Message:
     new = home.fit_ledger.reserve(identity, terms, home.policy)
     sequences = _ids(home, request.model_id, texts, settings.model.max_length)
     method.model.train()  # loaded before the clock starts, as split tuning's bottom model is
-    start = time.perf_counter()
+    start = compute_seconds()
     arrays, metrics = _answer(request, state, home, method, sequences, labels, identity)
     spent = home.fit_ledger.spent()
     reply = fit_reply(
@@ -127,7 +126,7 @@ def fit(message: Message, context: Context) -> Message:
         {
             **metrics,
             "weight": 1.0 if request.clip > 0 else float(len(texts)),
-            "seconds_fit": time.perf_counter() - start,
+            "seconds_fit": compute_seconds() - start,
             "new_fits": new,
             "spent_fits": spent.fits,
             "peak_memory_bytes": peak_memory_bytes(),

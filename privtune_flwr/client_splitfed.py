@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +31,6 @@ from privtune_flwr.federated.splitfed_device import (
     round_batches,
     train_message,
 )
-from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.privacy.base import Strength
 from privtune_flwr.privacy.fit_ledger import FitTerms
 from privtune_flwr.privacy.keyed import keyed_generator
@@ -50,6 +48,7 @@ from privtune_flwr.protocol.splitfed import (
     state_reply,
 )
 from privtune_flwr.protocol.updates import state_record
+from privtune_flwr.usage import compute_seconds, peak_memory_bytes
 
 _Ids = list[NDArray[np.int32]]
 
@@ -97,10 +96,10 @@ def splitfed(message: Message, context: Context) -> Message:
         )
     twin = _twin(request, home)
     ids = _ids(home, request.model_id, split.texts, settings.model.max_length)
-    start = time.perf_counter()
+    start = compute_seconds()
     work = _evaluate if request.split == "eval" else _train
     content = work(message.content, request, home, twin, split, ids)
-    content.metric_records[METRICS]["seconds_fit"] = time.perf_counter() - start
+    content.metric_records[METRICS]["seconds_fit"] = compute_seconds() - start
     return Message(content, reply_to=message)
 
 

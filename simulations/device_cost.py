@@ -31,13 +31,13 @@ from privtune_flwr.bundle import Manifest
 from privtune_flwr.config import PrivacyConfig
 from privtune_flwr.data import load_public_text, load_source, tokenise
 from privtune_flwr.errors import PrivTuneError
-from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.models import BottomModel, cut_model, resolve_model
 from privtune_flwr.privacy.base import Mechanism
 from privtune_flwr.privacy.keyed import example_identity, keyed_generator
 from privtune_flwr.privacy.public import PublicKnowledge
 from privtune_flwr.privacy.registry import create_mechanism, mechanism_class, mechanism_names
 from privtune_flwr.results.run_folder import write_text
+from privtune_flwr.usage import peak_memory_bytes
 from simulations.study import RESULTS
 
 CUTS = (0, 1, 2)

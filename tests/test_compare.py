@@ -134,7 +134,10 @@ def test_a_scenario_that_sets_a_learning_rate_is_refused(tmp_path: Path) -> None
 
 def test_packaged_comparisons_are_as_the_study_needs_them(tmp_path: Path) -> None:
     found = {n: load_scenario(n) for n in packaged_scenarios() if n.startswith("comparison")}
-    assert set(found) == {"comparison", "comparison-topics", "comparison-oneclass"}
+    splits = {"comparison": "iid", "comparison-topics": "iid", "comparison-hundred": "iid"}
+    skewed = {"oneclass": "column", "dirichlet": "dirichlet", "sizes": "size"}
+    splits |= {f"comparison-{name}": kind for name, kind in skewed.items()}
+    assert {n: s.run_config().data.partitioner for n, s in found.items()} == splits
     for name in found:
         plan = command.plan_of(name, command.CompareOptions(runs=tmp_path))
         assert "central" in {m.name for m in plan.methods}
@@ -144,8 +147,13 @@ def test_packaged_comparisons_are_as_the_study_needs_them(tmp_path: Path) -> Non
     several = set(main_study.methods) - set(main_study.single_seed)
     assert several >= {"ours", "fedavg", "fedavg-lora", "fedprox", "dp-fedavg", "splitfed"}
     assert len(main_study.seeds) == 3
-    data = found["comparison-oneclass"].run_config().data
-    assert (data.partitioner, data.partition_column) == ("column", "label")
+    # the same study but for what each is about
+    for name in splits:
+        assert found[name].run_config().train == found["comparison"].run_config().train
+        assert found[name].compare.grid == main_study.grid
+    assert found["comparison-oneclass"].run_config().data.partition_column == "label"
+    assert found["comparison-dirichlet"].run_config().data.dirichlet_alpha == pytest.approx(0.1)
+    assert found["comparison-hundred"].federation.num_supernodes == 100
 
 
 # ------------------------------------------------------------------------------ choice of the rate

@@ -27,11 +27,12 @@ DEFINITIONS: dict[str, str] = {
     "bytes_down": "bytes a device receives for training, likewise",
     "messages": "messages to a device for training, each with its reply",
     "model_bytes": "bytes a device must hold first: model parts and public artefacts, fetched once",
-    "device_seconds": "compute seconds a device for training, measured in its process",
+    "device_seconds": "processor seconds a device for training, all threads of its process",
     "device_peak_bytes": "largest resident memory of a device's process, the mean over seeds; "
     "a simulation's process serves several devices in turn",
-    "cloud_seconds": "seconds the cloud trains or averages",
-    "wall_seconds": "seconds of all rounds in this simulation, tests left out",
+    "cloud_seconds": "seconds by the clock that the cloud trains or averages; other work on the "
+    "machine counts in",
+    "wall_seconds": "seconds by the clock of all rounds in this simulation, tests left out",
     "cloud_sees": "what the cloud gets of a device",
     "guarantee": "epsilon (and delta), of what and against whom, or a bound in bits; None = none",
     "attack": "share of tokens, and of content words, that the best attack with knowledge of all "

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import logging
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from privtune_flwr.codec import get_codec
 from privtune_flwr.config import ConfigError, load_run_config
 from privtune_flwr.device import DeviceHome, held_bottom, open_home
 from privtune_flwr.errors import GuardError, InvalidReplyError, PrivTuneError, Refusal
-from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.privacy.base import Mechanism
 from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.policy import PolicyError
@@ -54,6 +52,7 @@ from privtune_flwr.protocol import (
 from privtune_flwr.protocol.fit import FIT, JOIN, JUDGE, FitRequest, JoinRequest
 from privtune_flwr.protocol.replies import EVALUATE_METRICS, MARK, MAX_LABELS
 from privtune_flwr.protocol.splitfed import SPLITFED, SplitFedRequest
+from privtune_flwr.usage import compute_seconds, peak_memory_bytes
 
 logger = logging.getLogger("privtune.device")
 
@@ -160,11 +159,11 @@ def _perturb_release(message: Message, context: Context, reply: Message) -> None
         mechanism=mechanism,
         policy=home.policy,
     )
-    start = time.perf_counter()
+    start = compute_seconds()
     rows_ND = perturb(clean.hidden_ND, clean.lengths_B, clean.token_ids_N, mechanism, home, request)
-    seconds = time.perf_counter() - start
+    seconds = compute_seconds() - start
     norms_N = _noise_norms(rows_ND, clean.hidden_ND)
-    start = time.perf_counter()
+    start = compute_seconds()
     arrays = get_codec(request.wire).encode(rows_ND, clean.lengths_B)
     arrays["lengths"] = clean.lengths_B
     reply.content[SMASHED] = ArrayRecord({k: Array(v) for k, v in arrays.items()})
@@ -173,7 +172,7 @@ def _perturb_release(message: Message, context: Context, reply: Message) -> None
     spent = home.ledger.spent()
     metrics = {
         "seconds_mechanism": seconds,
-        "seconds_codec": time.perf_counter() - start,
+        "seconds_codec": compute_seconds() - start,
         "noise_norm_sum": float(norms_N.sum(dtype=np.float64)),
         "tokens": int(clean.lengths_B.sum(dtype=np.int64)),
         "new_releases": new,

@@ -16,7 +16,6 @@ from safetensors.numpy import save
 
 from privtune_flwr.device import DeviceHome
 from privtune_flwr.errors import GuardError, InvalidReplyError, Refusal
-from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.learned_update import (
     check_change,
@@ -37,6 +36,7 @@ from privtune_flwr.protocol import (
 )
 from privtune_flwr.protocol.replies import MARK
 from privtune_flwr.protocol.updates import LEARNER_METRICS, state_record
+from privtune_flwr.usage import peak_memory_bytes
 
 _LAST_UPDATE = "last-update.safetensors"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from privtune_flwr.config import flatten
-from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.results.report import traffic_sums, versions
+from privtune_flwr.usage import peak_memory_bytes
 
 if TYPE_CHECKING:
     from strategies.federated import FederatedTuning

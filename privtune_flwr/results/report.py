@@ -8,9 +8,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from privtune_flwr.config import flatten
-from privtune_flwr.memory import peak_memory_bytes
 from privtune_flwr.privacy.accounting import REPORT_DELTA, update_rho, zcdp_epsilon
 from privtune_flwr.privacy.learned_update import learning_statement
+from privtune_flwr.usage import peak_memory_bytes
 
 if TYPE_CHECKING:
     from strategies.split import SplitTuning
