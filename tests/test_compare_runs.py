@@ -52,6 +52,45 @@ def test_a_comparison_runs_its_grids_then_its_seeds_and_never_twice(tmp_path: Pa
     assert again.asked == []
 
 
+def test_a_grid_goes_on_while_its_best_point_is_an_end(tmp_path: Path) -> None:
+    def inside(name: str, results: dict[str, Any]) -> None:
+        """Let the devices like x 9 best, of all points there could be."""
+        point = float(name.split("-x")[1].split("-")[0])
+        results["final"] |= {"eval_accuracy": 0.9 - abs(point - 9) / 100, "test_accuracy": 0.5}
+
+    one = 'methods = ["fedavg-lora"]\n' + GRID
+    plan = plan_from(tmp_path, one + "grid-extensions = 3\nseeds = [0, 1]\n")
+    execute = Recorded(inside)
+    assert run(plan, execute) == []
+    asked = [name.removeprefix("fedavg-lora-x") for name in execute.asked]
+    assert asked == ["0.3-seed0", "1-seed0", "3-seed0", "9-seed0", "27-seed0", "9-seed1"]
+    text = markdown(summarise(plan, "x"))
+    assert "At an end" not in text
+    assert "at most 3 times" in text
+
+    # it stops where it was told to, and says that the best is an end
+    other = tmp_path / "b"
+    other.mkdir()
+    plan = plan_from(other, one + "grid-extensions = 1\n")
+    execute = Recorded(by_multiplier)
+    run(plan, execute)
+    assert execute.asked[-1] == "fedavg-lora-x9-seed0"
+    assert len(execute.asked) == 4
+    assert "fedavg-lora (x 9)" in markdown(summarise(plan, "x"))
+
+
+def test_a_grid_goes_on_below(tmp_path: Path) -> None:
+    def least(name: str, results: dict[str, Any]) -> None:
+        point = float(name.split("-x")[1].split("-")[0])
+        results["final"] |= {"eval_accuracy": 0.9 - point / 100, "test_accuracy": 0.5}
+
+    one = 'methods = ["central"]\n' + GRID + "grid-extensions = 1\n"
+    plan = plan_from(tmp_path, one)
+    execute = Recorded(least)
+    run(plan, execute)
+    assert execute.asked[-1] == "central-x0.09-seed0"
+
+
 def test_only_what_matches_is_run(tmp_path: Path) -> None:
     plan = plan_from(tmp_path, TWO + GRID)
     execute = Recorded()

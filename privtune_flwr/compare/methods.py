@@ -26,6 +26,9 @@ SGD_RATES: dict[str, dict[str, float]] = {
     "lora": {"train.learning-rate": 0.1, "train.head-learning-rate": 0.1},
     "prompt": {"federated.prompt-learning-rate": 0.5, "train.head-learning-rate": 0.5},
 }
+#: For LoRA where a model is stepped on one device's share of the text, or on large batches: a tenth
+#: of the steps that a model makes which meets every sentence, so the middle of the grid is higher.
+FEW_STEPS = {"train.learning-rate": 3e-3, "train.head-learning-rate": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,8 @@ _METHODS = (
     _federated(
         "fedavg", "FedAvg on all weights", "each device's weights, every round", "fedavg", "full"
     ),
-    _federated("fedavg-lora", "FedAvg on LoRA adapters", _ADAPTERS, "fedavg"),
-    _federated("fedprox", "FedProx on LoRA adapters", _ADAPTERS, "fedprox"),
+    _federated("fedavg-lora", "FedAvg on LoRA adapters", _ADAPTERS, "fedavg", rates=FEW_STEPS),
+    _federated("fedprox", "FedProx on LoRA adapters", _ADAPTERS, "fedprox", rates=FEW_STEPS),
     _federated(
         "fedadam",
         "FedAdam on LoRA adapters",
@@ -115,7 +118,7 @@ _METHODS = (
         "fedadam",
         # devices' rates and the server's together: as many points as every method has
         scaled=(*GRADIENT_RATES, "federated.server-learning-rate"),
-        rates={"federated.server-learning-rate": 1e-2},
+        rates={**FEW_STEPS, "federated.server-learning-rate": 1e-2},
     ),
     _federated(
         "scaffold",
@@ -129,12 +132,14 @@ _METHODS = (
         "DP-FedAvg on LoRA adapters, the cloud adds the noise",
         "each device's clipped adapters and head, every round",
         "dp-fedavg",
+        rates=FEW_STEPS,
     ),
     _federated(
         "dp-sgd",
         "FedAvg on LoRA adapters, DP-SGD on the devices",
         "each device's adapters and head with its own noise, every round",
         "fedavg",
+        rates=FEW_STEPS,
         federated__example_privacy="dp-sgd",
     ),
     _federated(
@@ -160,6 +165,7 @@ _METHODS = (
         "distillation: devices share logits on public text",
         "each device's logits on public text, every round",
         "distil",
+        rates=FEW_STEPS,
     ),
     Method(
         "sequential",
@@ -175,6 +181,7 @@ _METHODS = (
         "split",
         {"train.strategy": "splitfed", "privacy.mechanism": "none", "model.tuning": "lora"},
         "clean representations at every step, bottom adapters; labels",
+        rates=FEW_STEPS,
     ),
     Method(
         "central",
@@ -196,6 +203,7 @@ _METHODS = (
         "bound",
         {"train.strategy": "local", "model.tuning": "lora"},
         "nothing",
+        rates=FEW_STEPS,
     ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}

@@ -37,7 +37,7 @@ class MethodOutcomes:
     Attributes
     ----------
     grid : dict
-        Multiplier to outcome, first seed.
+        Multiplier to outcome, first seed; ascending.
     chosen : float or None
         The multiplier that the devices' evaluation examples chose.
     seeds : list of Outcome
@@ -52,6 +52,13 @@ class MethodOutcomes:
 def gather(plan: Plan, method: Method) -> MethodOutcomes:
     """Look at all runs of a method; the other seeds are known once a rate is chosen."""
     grid = {run.multiplier: find_outcome(plan, run) for run in plan.grid_runs(method)}
+    for _ in range(plan.scenario.compare.grid_extensions):
+        best = choose(grid)
+        further = plan.beyond(method, grid, best) if best is not None else None
+        if further is None:
+            break
+        grid[further.multiplier] = find_outcome(plan, further)
+    grid = dict(sorted(grid.items()))
     chosen = choose(grid)
     seeds: list[Outcome] = []
     if chosen is not None:

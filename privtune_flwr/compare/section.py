@@ -34,6 +34,9 @@ class CompareSection(Section):
     seeds: tuple[int, ...] = Field((0,), description="the first one chooses the learning rates")
     single_seed: tuple[str, ...] = Field((), description="methods that run the first seed only")
     grid: tuple[float, ...] = Field((1.0,), description="multipliers of the base learning rates")
+    grid_extensions: int = Field(
+        0, ge=0, le=5, description="further points, one by one, while the best is an end"
+    )
     rates: dict[str, Table] = Field(
         default_factory=dict, description="base learning rates of a method, by key"
     )

@@ -76,6 +76,7 @@ def summarise(plan: Plan, command: str) -> dict[str, Any]:
         },
         "tuning": {
             "grid": list(plan.grid),
+            "extensions": plan.scenario.compare.grid_extensions,
             "seed": plan.grid_seed,
             "statement": tuning_statement(plan),
         },
@@ -96,9 +97,15 @@ def tuning_statement(plan: Plan) -> str:
             f"Every method ran at {plan.grid[0]:g} times its base learning rates; none was tuned."
         )
     points = ", ".join(f"{p:g}" for p in plan.grid)
+    further = plan.scenario.compare.grid_extensions
+    beyond = (
+        f" Where the best point was an end, one beyond it was tried, at most {further} times."
+        if further
+        else ""
+    )
     return (
         f"Every method had the same grid: {points} times its base learning rates, with seed "
-        f"{plan.grid_seed}. The rate was chosen by accuracy on the devices' own evaluation "
+        f"{plan.grid_seed}.{beyond} The rate was chosen by accuracy on the devices' own evaluation "
         "examples, never by the test set; the other seeds ran at the rate that was chosen. A "
         "mechanism's learning phase kept its defaults."
     )

@@ -83,13 +83,11 @@ def guarantee_words(found: Mapping[str, Any] | None) -> str:
 
 def edge_words(content: Row) -> str:
     """Name the methods whose best rate is the grid's first or last: more may lie beyond."""
-    grid = content["tuning"]["grid"]
-    ends = (min(grid), max(grid)) if len(grid) > 1 else ()
-    named = [
-        f"{r['method']} (x {r['multiplier']:g})"
-        for r in content["methods"]
-        if r["multiplier"] in ends
-    ]
+    named = []
+    for row in content["methods"]:
+        tried = [point["multiplier"] for point in row["grid"]]
+        if len(tried) > 1 and row["multiplier"] in (min(tried), max(tried)):
+            named.append(f"{row['method']} (x {row['multiplier']:g})")
     if not named:
         return ""
     return f"At an end of the grid, so that a rate beyond it may do better: {', '.join(named)}.\n"
@@ -170,13 +168,16 @@ def projection_table(content: Row) -> str:
 
 def grid_table(content: Row) -> str:
     """Every grid point's accuracy on the devices' evaluation examples; the chosen one is marked."""
-    points = content["tuning"]["grid"]
+    points = sorted({p["multiplier"] for row in content["methods"] for p in row["grid"]})
     lines = []
     for row in content["methods"]:
         found = {p["multiplier"]: p for p in row["grid"]}
         cells = []
         for point in points:
-            known = found[point]
+            known = found.get(point)
+            if known is None:
+                cells.append("")  # only methods whose best point was an end went there
+                continue
             value = _number(known["eval_accuracy"], 1, 100)
             if known["state"] != "finished":
                 value = known["state"]
