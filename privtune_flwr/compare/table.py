@@ -62,7 +62,8 @@ def guarantee_words(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return NONE
     said = []
-    if found["epsilon"] is not None:
+    # whatever epsilon is, a delta of 1 allows everything
+    if found["epsilon"] is not None and found["delta"] < 1:
         delta = f", delta {found['delta']:.0e}" if found["delta"] else ""
         per = f" per {found['per']}" if found["per"] else ""
         said.append(f"epsilon {found['epsilon']:.3g}{delta}{per}")

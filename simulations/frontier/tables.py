@@ -127,7 +127,8 @@ def guarantee(row: Row) -> str:
     said = []
     if strength["eta"] is not None:
         said.append(f"eta {strength['eta']:.3g}")
-    if strength["epsilon"] is not None:
+    # whatever epsilon is, a delta of 1 allows everything
+    if strength["epsilon"] is not None and strength["delta"] < 1:
         delta = f", delta {strength['delta']:.0e}" if strength["delta"] else ""
         said.append(f"epsilon {strength['epsilon']:.3g}{delta} a {strength['per']}")
     if strength["bits"] is not None:
