@@ -52,7 +52,7 @@ def megabytes(value: float | None) -> str:
 
 def _accuracy(row: Row) -> str:
     if row["accuracy"] is None:
-        return "failed" if row["failed"] else NONE
+        return "failed" if row["failed"] else "to do"
     spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
     return f"{100 * row['accuracy']:.1f}{spread}"
 
