@@ -14,7 +14,7 @@ from privtune_flwr.compare import command
 from privtune_flwr.compare.axis import accuracy_at, equal
 from privtune_flwr.compare.measure import attack, curve, guarantee, measure
 from privtune_flwr.compare.methods import METHODS
-from privtune_flwr.compare.outcome import Outcome, choose
+from privtune_flwr.compare.outcome import Outcome, best_end, choose
 from privtune_flwr.compare.plan import PlannedRun
 from privtune_flwr.compare.runner import known_runs, total_runs
 from privtune_flwr.compare.table import guarantee_words
@@ -176,6 +176,21 @@ def test_ties_go_to_the_lower_loss_then_to_the_base_rate() -> None:
     assert choose({0.3: outcome(0.3, 0.8, 0.5), 1.0: outcome(1.0, 0.8, 0.6)}) == 0.3
     tied = {p: outcome(p, 0.8, 0.5) for p in (0.3, 1.0, 3.0)}
     assert choose(tied) == 1.0
+
+
+def test_a_grid_goes_on_only_where_an_end_is_better_than_its_neighbour() -> None:
+    def grid(*accuracies: float) -> dict[float, Outcome]:
+        points = (0.3, 1.0, 3.0)
+        return {p: outcome(p, a) for p, a in zip(points, accuracies, strict=True)}
+
+    assert best_end(grid(0.5, 0.6, 0.7)) == (3.0, 1.0)
+    assert best_end(grid(0.7, 0.6, 0.5)) == (0.3, 1.0)
+    assert best_end(grid(0.5, 0.7, 0.6)) is None
+    # less loss alone says nothing about what lies beyond
+    tied = {1.0: outcome(1.0, 0.7, loss=1.0), 3.0: outcome(3.0, 0.7, loss=0.5)}
+    assert choose(tied) == 3.0
+    assert best_end(tied) is None
+    assert best_end({1.0: outcome(1.0, 0.7)}) is None
 
 
 def test_nothing_is_chosen_before_the_whole_grid_was_tried() -> None:

@@ -23,7 +23,7 @@ BASE_RATES: dict[str, dict[str, float]] = {
 #: For SGD without momentum, whose step is the gradient's size and not one of AdamW's unit steps.
 SGD_RATES: dict[str, dict[str, float]] = {
     "full": {"train.learning-rate": 0.02, "train.head-learning-rate": 0.1},
-    "lora": {"train.learning-rate": 0.1, "train.head-learning-rate": 0.1},
+    "lora": {"train.learning-rate": 1.0, "train.head-learning-rate": 1.0},
     "prompt": {"federated.prompt-learning-rate": 0.5, "train.head-learning-rate": 0.5},
 }
 #: For LoRA where a model is stepped on one device's share of the text, or on large batches: a tenth

@@ -128,6 +128,26 @@ def choose(grid: Mapping[float, Outcome]) -> float | None:
     )
 
 
+def best_end(grid: Mapping[float, Outcome]) -> tuple[float, float] | None:
+    """Give the end of a grid that is better than its neighbour and all else, and that neighbour.
+
+    Returns
+    -------
+    tuple or None
+        None while a point is still to be run, if the best is inside, or if the end is only as
+        accurate as its neighbour: then nothing says that more lies beyond.
+    """
+    best = choose(grid)
+    points = sorted(grid)
+    if best is None or len(points) < 2 or best not in (points[0], points[-1]):
+        return None
+    inner = points[1] if best == points[0] else points[-2]
+    at_end, beside = grid[best].eval_accuracy, grid[inner].eval_accuracy
+    if at_end is None or (beside is not None and beside >= at_end):
+        return None
+    return best, inner
+
+
 def prune(plan: Plan, names: set[str]) -> int:
     """Delete checkpoint, store and model of finished runs; give the bytes that were freed."""
     freed = 0

@@ -68,16 +68,9 @@ class Plan:
         """List a method's grid; one of these is the table's run of the grid's seed."""
         return [PlannedRun(method, point, self.grid_seed) for point in self.grid]
 
-    def beyond(self, method: Method, points: Iterable[float], best: float) -> PlannedRun | None:
-        """Give the next point beyond an end that is the best so far; None for one inside.
-
-        Points have the distance that the last two before that end have, as a factor.
-        """
-        known = sorted(points)
-        if len(known) < 2 or best not in (known[0], known[-1]):
-            return None
-        inner = known[1] if best == known[0] else known[-2]
-        return PlannedRun(method, float(f"{best * best / inner:.3g}"), self.grid_seed)
+    def beyond(self, method: Method, end: float, inner: float) -> PlannedRun:
+        """Plan the point beyond an end of a grid, as far as the end is from its neighbour."""
+        return PlannedRun(method, float(f"{end * end / inner:.3g}"), self.grid_seed)
 
     def seed_runs(self, method: Method, multiplier: float) -> list[PlannedRun]:
         """List the runs of the other seeds, at the learning rate that was chosen."""

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from privtune_flwr.compare.methods import Method
 from privtune_flwr.compare.outcome import (
     Outcome,
+    best_end,
     choose,
     failure_file,
     find_outcome,
@@ -53,10 +54,10 @@ def gather(plan: Plan, method: Method) -> MethodOutcomes:
     """Look at all runs of a method; the other seeds are known once a rate is chosen."""
     grid = {run.multiplier: find_outcome(plan, run) for run in plan.grid_runs(method)}
     for _ in range(plan.scenario.compare.grid_extensions):
-        best = choose(grid)
-        further = plan.beyond(method, grid, best) if best is not None else None
-        if further is None:
+        ends = best_end(grid)
+        if ends is None:
             break
+        further = plan.beyond(method, *ends)
         grid[further.multiplier] = find_outcome(plan, further)
     grid = dict(sorted(grid.items()))
     chosen = choose(grid)

@@ -35,7 +35,7 @@ class CompareSection(Section):
     single_seed: tuple[str, ...] = Field((), description="methods that run the first seed only")
     grid: tuple[float, ...] = Field((1.0,), description="multipliers of the base learning rates")
     grid_extensions: int = Field(
-        0, ge=0, le=5, description="further points, one by one, while the best is an end"
+        0, ge=0, le=5, description="further points, one by one, while an end is better"
     )
     rates: dict[str, Table] = Field(
         default_factory=dict, description="base learning rates of a method, by key"

@@ -99,7 +99,8 @@ def tuning_statement(plan: Plan) -> str:
     points = ", ".join(f"{p:g}" for p in plan.grid)
     further = plan.scenario.compare.grid_extensions
     beyond = (
-        f" Where the best point was an end, one beyond it was tried, at most {further} times."
+        f" Where an end was better than its neighbour, one beyond it was tried, at most "
+        f"{further} times."
         if further
         else ""
     )

@@ -46,6 +46,8 @@ _NOT_MEASURED = {
     "bbt": "devices send losses of candidate prompts",
     "local": "nothing leaves a device",
     "central": "the cloud holds all text",
+    "splitfed": "devices send clean rows of a bottom model that moves; the first ones are what a "
+    "run of train.strategy = 'split' without a mechanism sends: audit that",
 }
 
 
