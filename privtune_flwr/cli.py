@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from privtune_flwr.assets import AssetError, fetch_default, list_assets, verify_assets
 from privtune_flwr.assets import asset_folder as fetch_asset
-from privtune_flwr.audit.options import AuditOptions
+from privtune_flwr.audit.options import AuditOptions, SideAudit
 from privtune_flwr.compare.axis import Axis
 from privtune_flwr.config import ConfigError, Scalar
 from privtune_flwr.errors import PrivTuneError, RunError
@@ -258,9 +258,7 @@ def compare(
     prune: Annotated[
         bool, typer.Option("--prune/--keep", help="Delete what only an audit needs.")
     ] = False,
-    audit: Annotated[
-        Literal["no", "quick", "full"], typer.Option(help="Attack the table's runs as well.")
-    ] = "no",
+    audit: Annotated[SideAudit, typer.Option(help="Attack the table's runs as well.")] = "no",
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and their sizes.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Show what is finished.")] = False,
 ) -> None:

@@ -95,7 +95,11 @@ def _read(name: str, beside: Path, below: tuple[str, ...]) -> dict[str, Any]:
     base = values.get("extends", "")
     if not isinstance(base, str):
         raise ConfigError(f"extends = {base!r}: must be a scenario's name or file")
-    return _merged(_read(base, beside, (*below, identity)), values) if base else values
+    if not base:
+        return values
+    under = _read(base, beside, (*below, identity))
+    under.pop("name", None)  # run folders are called by it: everyone has an own one
+    return _merged(under, values)
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def test_a_wrong_scenario_names_the_key(text: str, named: list[str], tmp_path: P
 
 
 def test_a_scenario_states_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
-    base = "[config.model]\ncut = 1\n[config.train]\nepochs = 7\n[compare]\nseeds = [0, 1]\n"
+    base = 'name = "base"\n'
+    base += "[config.model]\ncut = 1\n[config.train]\nepochs = 7\n[compare]\nseeds = [0, 1]\n"
     (tmp_path / "base.toml").write_text(base)
     own = 'extends = "base.toml"\n[config.train]\nepochs = 2\n[compare]\nseeds = [5]\n'
     scenario = load_scenario(write(tmp_path, own))

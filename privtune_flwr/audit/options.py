@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+#: What a command that audits on the side offers.
+SideAudit = Literal["no", "quick", "full"]
 PresetName = Literal["quick", "full", "frontier"]
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
-from privtune_flwr.audit.options import AuditOptions
+from privtune_flwr.audit.options import AuditOptions, SideAudit
 from privtune_flwr.compare.axis import Axis, equal
 from privtune_flwr.compare.figures import draw_figures
 from privtune_flwr.compare.outcome import Outcome, prune
@@ -23,8 +23,6 @@ from privtune_flwr.compare.summary import summarise
 from privtune_flwr.compare.table import as_csv, console_table, markdown
 from privtune_flwr.results.run_folder import write_text
 from privtune_flwr.scenario import load_scenario
-
-Audit = Literal["no", "quick", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ class CompareOptions:
     figures: Path | None = None
     only: str = "*"
     prune: bool = False
-    audit: Audit = "no"
+    audit: SideAudit = "no"
 
 
 def plan_of(scenario: str, options: CompareOptions) -> Plan:

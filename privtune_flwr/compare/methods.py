@@ -26,8 +26,8 @@ SGD_RATES: dict[str, dict[str, float]] = {
     "lora": {"train.learning-rate": 1.0, "train.head-learning-rate": 1.0},
     "prompt": {"federated.prompt-learning-rate": 0.5, "train.head-learning-rate": 0.5},
 }
-#: For LoRA where a model is stepped on one device's share of the text, or on large batches: a tenth
-#: of the steps that a model makes which meets every sentence, so the middle of the grid is higher.
+#: For LoRA where a model is stepped on one device's share of the text, or on large batches: far
+#: fewer steps than a model makes that meets every sentence, so the middle of the grid is higher.
 FEW_STEPS = {"train.learning-rate": 3e-3, "train.head-learning-rate": 3e-3}
 
 

@@ -36,8 +36,8 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
     -------
     dict
         Final metrics, seconds by stage, traffic, privacy, devices left out, versions and the whole
-        configuration. Accuracy is a share, seconds are summed over devices where devices compute,
-        bytes are those of Flower's serialised content.
+        configuration. Accuracy is a share, seconds are processor seconds summed over devices where
+        devices compute and the clock's elsewhere, bytes are those of Flower's serialised content.
     """
     progress, cloud = strategy.progress, strategy.cloud
     rounds = progress.rounds
