@@ -58,7 +58,15 @@ def test_a_multiplier_scales_the_base_rates_of_what_is_tuned(tmp_path: Path) -> 
     plan = plan_from(tmp_path, text)
     rates = {m.name: plan.rates(plan.grid_runs(m)[0]) for m in plan.methods}
     body, head = "train.learning-rate", "train.head-learning-rate"
-    assert rates["ours"] == pytest.approx({body: 1.5e-4, head: 3e-3})
+    assert rates["ours"] == pytest.approx(
+        {
+            body: 1.5e-4,
+            head: 3e-3,
+            # what the mechanism learns is tuned as much as the model is
+            "privacy.learning.learning-rate": 4.5e-4,
+            "privacy.learning.head-learning-rate": 1.5e-2,
+        }
+    )
     assert rates["fedavg"] == pytest.approx({body: 3e-5, head: 3e-3})
     assert rates["fedavg-lora"] == pytest.approx({body: 9e-3, head: 9e-3})
     assert rates["scaffold"][body] > 10 * rates["fedavg-lora"][body]  # SGD's, not AdamW's

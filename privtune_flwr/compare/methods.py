@@ -26,6 +26,11 @@ SGD_RATES: dict[str, dict[str, float]] = {
     "lora": {"train.learning-rate": 1.0, "train.head-learning-rate": 1.0},
     "prompt": {"federated.prompt-learning-rate": 0.5, "train.head-learning-rate": 0.5},
 }
+#: Of what a mechanism learns in federated rounds before the release; nothing for one without.
+LEARNING_RATES = {
+    "privacy.learning.learning-rate": 1.5e-4,
+    "privacy.learning.head-learning-rate": 5e-3,
+}
 #: For LoRA where a model is stepped on one device's share of the text, or on large batches: far
 #: fewer steps than a model makes that meets every sentence, so the middle of the grid is higher.
 FEW_STEPS = {"train.learning-rate": 3e-3, "train.head-learning-rate": 3e-3}
@@ -98,6 +103,9 @@ _METHODS = (
         "split",
         {"train.strategy": "split"},
         "perturbed representations, once; labels",
+        # the devices' learning and the cloud's training together: as many points as every method
+        scaled=(*GRADIENT_RATES, *LEARNING_RATES),
+        rates=LEARNING_RATES,
     ),
     Method(
         "split-clear",

@@ -107,8 +107,7 @@ def tuning_statement(plan: Plan) -> str:
     return (
         f"Every method had the same grid: {points} times its base learning rates, with seed "
         f"{plan.grid_seed}.{beyond} The rate was chosen by accuracy on the devices' own evaluation "
-        "examples, never by the test set; the other seeds ran at the rate that was chosen. A "
-        "mechanism's learning phase kept its defaults."
+        "examples, never by the test set; the other seeds ran at the rate that was chosen."
     )
 
 

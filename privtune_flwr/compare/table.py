@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from privtune_flwr.compare.projection import SHOWN
+from privtune_flwr.privacy.base import bound_words
 
 Row = Mapping[str, Any]
 NONE = "-"
@@ -61,16 +62,7 @@ def guarantee_words(found: Mapping[str, Any] | None) -> str:
     """Put a formal guarantee in a few words: epsilon, of what, and against whom."""
     if found is None:
         return NONE
-    said = []
-    # whatever epsilon is, a delta of 1 allows everything
-    if found["epsilon"] is not None and found["delta"] < 1:
-        delta = f", delta {found['delta']:.0e}" if found["delta"] else ""
-        per = f" per {found['per']}" if found["per"] else ""
-        said.append(f"epsilon {found['epsilon']:.3g}{delta}{per}")
-    if found["eta"] is not None:
-        said.append(f"eta {found['eta']:.3g}")
-    if found["bits"] is not None:
-        said.append(f"{found['bits']:.3g} bits a token")
+    said = bound_words(found)
     if not said:
         return "none"
     against, learning = found["against"], found["learning"]
@@ -79,7 +71,7 @@ def guarantee_words(found: Mapping[str, Any] | None) -> str:
     if learning:
         bound = learning["epsilon"]
         earlier = "; its learning: " + ("no bound" if bound is None else f"epsilon {bound:.3g}")
-    return f"{'; '.join(said)}{whom}{earlier}"
+    return f"{said}{whom}{earlier}"
 
 
 def edge_words(content: Row) -> str:
@@ -188,6 +180,11 @@ def grid_table(content: Row) -> str:
     return _markdown(["method", *(f"x {p:g}" for p in points), "rates of the table's runs"], lines)
 
 
+def _method_line(row: Row) -> str:
+    settings = ", ".join(f"{key} = {value}" for key, value in row["settings"].items())
+    return f"- {row['method']}: {row['title']}" + (f" ({settings})\n" if settings else "\n")
+
+
 def failures(content: Row) -> list[str]:
     """List the runs that failed, with their reasons."""
     return [f"- {run['name']}: {run['reason']}" for run in content["runs"] if "reason" in run]
@@ -218,7 +215,7 @@ def markdown(content: Row) -> str:
         parts += ["## Failed\n", "\n".join(failed) + "\n"]
     parts += [
         "## Methods\n",
-        "".join(f"- {r['method']}: {r['title']}\n" for r in content["methods"]),
+        "".join(_method_line(row) for row in content["methods"]),
     ]
     parts += [
         "## Columns\n",

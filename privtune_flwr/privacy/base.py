@@ -6,6 +6,7 @@ Shapes: ``T`` tokens of one sentence, ``d`` hidden size, ``V`` vocabulary, ``C``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
@@ -73,6 +74,27 @@ class Strength:
     delta: float = 0.0
     bits: float | None = None
     per: Literal["token", "sentence"] = "token"
+
+
+def bound_words(strength: Mapping[str, Any]) -> str:
+    """Put a formal bound in a few words; empty where there is none.
+
+    Parameters
+    ----------
+    strength : Mapping
+        The fields of :class:`Strength` by name, as results hold them.
+    """
+    said = []
+    if strength["eta"] is not None:
+        said.append(f"eta {strength['eta']:.3g}")
+    delta = strength["delta"] or 0.0
+    # whatever epsilon is, a delta of 1 allows everything
+    if strength["epsilon"] is not None and delta < 1:
+        beside = f", delta {delta:.0e}" if delta else ""
+        said.append(f"epsilon {strength['epsilon']:.3g}{beside} per {strength['per']}")
+    if strength["bits"] is not None:
+        said.append(f"{strength['bits']:.3g} bits a token")
+    return "; ".join(said)
 
 
 @dataclass(frozen=True)

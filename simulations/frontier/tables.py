@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from privtune_flwr.privacy.base import bound_words
 from simulations.frontier.cases import (
     ABLATION,
     BUDGETS,
@@ -123,17 +124,7 @@ def points_lost(row: Row, named: dict[str, Row]) -> float | None:
 
 def guarantee(row: Row) -> str:
     """Put a release's bound in a few signs."""
-    strength = row["strength"]
-    said = []
-    if strength["eta"] is not None:
-        said.append(f"eta {strength['eta']:.3g}")
-    # whatever epsilon is, a delta of 1 allows everything
-    if strength["epsilon"] is not None and strength["delta"] < 1:
-        delta = f", delta {strength['delta']:.0e}" if strength["delta"] else ""
-        said.append(f"epsilon {strength['epsilon']:.3g}{delta} a {strength['per']}")
-    if strength["bits"] is not None:
-        said.append(f"{strength['bits']:.3g} bits a token")
-    return "; ".join(said) or "none"
+    return bound_words(row["strength"]) or "none"
 
 
 def attribute(row: Row) -> str:
