@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from device_kit import Device
+from device_kit import Device, clean_rows
 from learned_kit import ToyLearned, ToyLearner
 from tiny_models import one_thread
 
@@ -56,6 +57,18 @@ def make_device(
         return Device(tmp_path_factory.mktemp("home"), bundles, manifest.id, dashed, run or {})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def device(make_device: Callable[..., Device]) -> Device:
+    """A device with a generous policy, for tests that do not change it."""
+    return make_device(policy_mechanisms="*", policy_releases_per_example=0)
+
+
+@pytest.fixture(scope="module")
+def clean(device: Device) -> np.ndarray:
+    """Clean rows of the device's first chunk."""
+    return clean_rows(device)
 
 
 @pytest.fixture(scope="module")

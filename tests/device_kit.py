@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from privtune_flwr import client_app
 from privtune_flwr.config import RunConfig, flatten, load_run_config
+from privtune_flwr.data import tokenise
 from privtune_flwr.device import DeviceHome, Holdings, open_holdings, open_home
+from privtune_flwr.models import BottomModel, load_tokenizer
 from privtune_flwr.privacy.base import MechanismSpec
-from privtune_flwr.protocol import ReleaseRequest
+from privtune_flwr.protocol import SMASHED, ReleaseRequest
 
 RUN_ID = "ab" * 16
 HIDDEN = 384
@@ -48,6 +51,17 @@ def wire_bytes_of(reply: Message) -> bytes:
     if reply.has_error():
         return repr((reply.error.code, reply.error.reason)).encode()
     return recorddict_to_proto(reply.content).SerializeToString(deterministic=True)
+
+
+def released_rows(reply: Message) -> np.ndarray:
+    """The rows of a release."""
+    assert reply.has_content(), reply.error
+    return reply.content.array_records[SMASHED]["values"].numpy()
+
+
+def array_bytes(content: RecordDict, record: str) -> bytes:
+    part = RecordDict({record: content[record]})
+    return recorddict_to_proto(part).SerializeToString(deterministic=True)
 
 
 @dataclass
@@ -106,3 +120,10 @@ class Device:
             run_config=self.run_config,
         )
         return app(message_to(wire_copy(content), action), context)
+
+
+def clean_rows(device: Device) -> np.ndarray:
+    """Rows of a device's first chunk of four sentences, as no mechanism changed them."""
+    folder = device.bundles / device.bottom_id
+    ids = tokenise(load_tokenizer(folder), device.holdings.chunk("train", 0, 4).texts, 128)
+    return np.concatenate(BottomModel.load(folder).encode(ids))

@@ -1,18 +1,19 @@
-"""The real app behind its real mods: what leaves a device, and what cannot."""
+"""The real app behind its real mods: what a misbehaving handler or mod cannot get out."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from device_kit import DCHI, HIDDEN, NONE, Device, wire_bytes_of, wire_copy
+from device_kit import (
+    DCHI,
+    Device,
+    wire_bytes_of,
+    wire_copy,
+)
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -27,11 +28,9 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 
 from privtune_flwr import client_app
-from privtune_flwr.bundle import Manifest, read_parts
 from privtune_flwr.data import tokenise
 from privtune_flwr.errors import PrivTuneError
-from privtune_flwr.models import BottomModel, load_tokenizer
-from privtune_flwr.privacy.base import MechanismSpec
+from privtune_flwr.models import load_tokenizer
 from privtune_flwr.privacy.mods import (
     FAILED,
     GUARDED,
@@ -43,228 +42,17 @@ from privtune_flwr.privacy.mods import (
 from privtune_flwr.protocol import (
     CLEAN,
     DEVICE_ONLY,
-    EVALUATE,
     LABELS,
     METRICS,
     RELEASE_HEADER,
     SMASHED,
     DescribeRequest,
-    EvaluateRequest,
-    ProvisionRequest,
     ReleaseRequest,
 )
 from privtune_flwr.protocol.replies import DEVICE, MARK
-from privtune_flwr.protocol.requests import INQUIRY
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 MakeDevice = Callable[..., Device]
-
-
-@pytest.fixture(scope="module")
-def device(make_device: MakeDevice) -> Device:
-    """A device with a generous policy, for tests that do not change it."""
-    return make_device(policy_mechanisms="*", policy_releases_per_example=0)
-
-
-@pytest.fixture(scope="module")
-def clean(device: Device) -> np.ndarray:
-    """Clean rows of the first chunk."""
-    folder = device.bundles / device.bottom_id
-    texts = device.holdings.chunk("train", 0, 4).texts
-    ids = tokenise(load_tokenizer(folder), texts, 128)
-    return np.concatenate(BottomModel.load(folder).encode(ids))
-
-
-def released(reply: Message) -> np.ndarray:
-    assert reply.has_content(), reply.error
-    return reply.content.array_records[SMASHED]["values"].numpy()
-
-
-# ------------------------------------------------------------------------------- what is released
-
-
-def test_the_released_rows_are_noisy_and_only_the_protocols_records_leave(
-    device: Device, clean: np.ndarray
-) -> None:
-    reply = device.ask(device.request())
-    assert set(reply.content) == {SMASHED, LABELS, RELEASE_HEADER, METRICS}
-    assert MARK not in reply.content.config_records[RELEASE_HEADER]
-    rows = released(reply)
-    noise = np.linalg.norm(rows - clean, axis=1)
-    assert rows.shape == clean.shape
-    assert noise.min() > 0.5 * HIDDEN / 50
-    np.testing.assert_array_equal(released(device.ask(device.request(spec=NONE))), clean)
-
-
-def test_asking_twice_gives_the_same_bytes_and_spends_nothing(device: Device) -> None:
-    first, again = device.ask(device.request()), device.ask(device.request())
-    for record in (SMASHED, LABELS):
-        assert _bytes(first.content, record) == _bytes(again.content, record)
-    assert again.content.metric_records[METRICS]["new_releases"] == 0
-
-
-def test_a_fresh_process_gives_the_same_bytes(device: Device) -> None:
-    here = hashlib.sha256(_bytes(device.ask(device.request()).content, SMASHED)).hexdigest()
-    program = (
-        "import sys, hashlib; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from device_kit import Device\n"
-        "from test_mods import _bytes\n"
-        "node = {'policy-mechanisms': '*', 'policy-releases-per-example': 0}\n"
-        "device = Device(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], node)\n"
-        "content = device.ask(device.request()).content\n"
-        "print(hashlib.sha256(_bytes(content, 'smashed')).hexdigest())\n"
-    )
-    arguments = [Path(__file__).parent, device.root, device.bundles, device.bottom_id]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split()[-1] == here
-
-
-def _bytes(content: RecordDict, record: str) -> bytes:
-    part = RecordDict({record: content[record]})
-    return recorddict_to_proto(part).SerializeToString(deterministic=True)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"spec": MechanismSpec("dchi", {**DCHI.params, "eta": 100.0})},
-        {"epoch": 1},
-        {"max_length": 127},
-    ],
-    ids=["eta", "epoch", "max-length"],
-)
-def test_another_release_has_independent_noise_and_counts(
-    changes: dict[str, Any], device: Device, clean: np.ndarray
-) -> None:
-    one = released(device.ask(device.request())) - clean
-    reply = device.ask(device.request(**changes))
-    other = released(reply) - clean
-    cosine = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-    assert np.abs(cosine).max() < 0.3  # 1 if one were a multiple of the other; sd 1/sqrt(384)
-    assert reply.content.metric_records[METRICS]["new_releases"] == 4
-
-
-def test_the_wire_format_rounds_the_same_noise(device: Device) -> None:
-    half = device.ask(device.request(wire="float16"))
-    assert half.content.metric_records[METRICS]["new_releases"] == 0
-    np.testing.assert_array_equal(
-        released(half), released(device.ask(device.request())).astype(np.float16)
-    )
-
-
-def test_the_same_sentence_gets_the_same_noise_in_another_chunk(device: Device) -> None:
-    whole = device.ask(device.request(chunk_size=2)).content.array_records[SMASHED]
-    rows = int(whole["lengths"].numpy().sum())
-    np.testing.assert_allclose(
-        whole["values"].numpy(), released(device.ask(device.request()))[:rows], atol=1e-5
-    )
-
-
-def test_a_device_with_the_same_text_draws_other_noise(make_device: MakeDevice) -> None:
-    few = {"data.train-examples": 160}
-    one, other = make_device(few), make_device(few)
-    assert sorted(one.holdings.train.texts) == sorted(other.holdings.train.texts)
-    mine, theirs = (
-        {bytes(row) for row in released(device.ask(device.request(chunk_size=16)))}
-        for device in (one, other)
-    )
-    assert len(mine) == len(theirs) > 200
-    assert not mine & theirs
-
-
-def test_evaluation_examples_leave_without_labels(device: Device) -> None:
-    reply = device.ask(device.request(split="eval"))
-    assert set(reply.content) == {SMASHED, RELEASE_HEADER, METRICS}
-
-
-def test_the_secret_leaves_neither_in_bytes_nor_state_nor_logs(
-    make_device: MakeDevice, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    device = make_device()
-    terms = {"bottom_id": device.bottom_id, "mechanism": DCHI.to_json(), "run_id": "ab" * 16}
-    replies = [
-        device.ask(device.request()),
-        device.ask(device.request(epoch=1)),
-        device.ask(DescribeRequest(**terms, labels=True, epochs=1, bundles="")),
-        device.ask(device.request(), app_with(fails_quoting_text)),
-    ]
-    assert [reply.has_error() for reply in replies] == [False, True, False, True]
-    seen = b"".join(map(wire_bytes_of, replies)) + caplog.text.encode() + repr(replies).encode()
-    seen += recorddict_to_proto(device.state).SerializeToString()
-    home = device.home
-    keys = [home.secret, *(home.derive(p) for p in ("noise", "mark", "ledger", "order"))]
-    for key in keys:
-        assert key not in seen
-        assert key.hex().encode() not in seen
-        assert repr(key)[2:-1].encode() not in seen
-
-
-# -------------------------------------------------------------------------------- the owner's word
-
-
-def spent(device: Device) -> int:
-    return device.home.ledger.spent().releases
-
-
-@pytest.mark.parametrize(
-    ("node_config", "changes", "named"),
-    [
-        ({}, {"spec": NONE}, "policy.mechanisms: 'none'"),
-        ({"policy_mechanisms": "privtune"}, {}, "policy.mechanisms: 'dchi'"),
-        ({"policy_max_eta": 10.0}, {}, "policy.max-eta: the run needs 50, allowed: 10"),
-        ({"policy_share_labels": False}, {}, "policy.share-labels"),
-        ({"policy_bottom_models": "f" * 64}, {}, "policy.bottom-models"),
-        ({}, {"bottom_id": "f" * 64}, "request.bottom_id: this bottom model"),
-        ({}, {"split": "test"}, "request.split = 'test'"),
-        ({}, {"chunk": 10_000}, "request.chunk = 10000"),
-    ],
-)
-def test_a_run_that_asks_for_too_much_is_refused_by_name(
-    node_config: dict[str, Any], changes: dict[str, Any], named: str, make_device: MakeDevice
-) -> None:
-    device = make_device(**node_config)
-    reply = device.ask(device.request(**changes))
-    assert reply.has_error()
-    assert (reply.error.code, reply.error.reason.split(": ")[0]) == (REFUSED, "refused")
-    assert named in reply.error.reason
-    assert spent(device) == 0
-
-
-@pytest.mark.parametrize("changes", [{"epoch": 1}, {"max_length": 64}, {"max_length": 8}])
-def test_a_second_release_of_an_example_is_refused(
-    changes: dict[str, Any], make_device: MakeDevice
-) -> None:
-    device = make_device()
-    assert device.ask(device.request()).has_content()
-    reply = device.ask(device.request(**changes))
-    assert reply.has_error()
-    assert reply.error.code == REFUSED
-    assert "policy.releases-per-example: the run needs 2, allowed: 1" in reply.error.reason
-    assert spent(device) == 4
-    assert device.ask(device.request()).has_content()
-
-
-def test_a_per_epoch_run_is_refused_before_any_work(make_device: MakeDevice) -> None:
-    device = make_device()
-    terms = {"run_id": "ab" * 16, "bottom_id": device.bottom_id, "mechanism": DCHI.to_json()}
-    reply = device.ask(DescribeRequest(**terms, labels=True, epochs=3, bundles=""))
-    assert "policy.releases-per-example: the run needs 3" in reply.error.reason
-
-
-def test_a_device_that_shares_no_labels_still_releases_rows(make_device: MakeDevice) -> None:
-    device = make_device(policy_share_labels=False)
-    reply = device.ask(device.request(labels=False))
-    assert set(reply.content) == {SMASHED, RELEASE_HEADER, METRICS}
-
-
-# ----------------------------------------------------------------------------- misbehaving handlers
 
 
 def app_with(handler: Callable[[Message, Context], Message], *mods: Any) -> ClientApp:
@@ -549,7 +337,7 @@ def test_a_fault_of_ours_is_named_in_the_log_but_not_in_the_reply(
 
     reply = device.ask(device.request(), app_with(handler))
     assert "the tokenizer is broken" in caplog.text
-    assert reply.error.reason.startswith("device failed: PrivTuneError at test_mods.py:")
+    assert reply.error.reason.startswith("device failed: PrivTuneError at test_mods_guard.py:")
     assert "broken" not in reply.error.reason
 
 
@@ -578,85 +366,24 @@ def test_a_description_carries_no_free_text(key: str, device: Device) -> None:
     assert b"a private sentence" not in wire_bytes_of(reply)
 
 
-# ---------------------------------------------------------------------- provisioning and evaluating
-
-
-def test_a_bundle_arrives_in_parts_and_an_inquiry_brings_nothing(
-    make_device: MakeDevice, tmp_path: Path
+def test_the_secret_leaves_neither_in_bytes_nor_state_nor_logs(
+    make_device: MakeDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG)
     device = make_device()
-    (device.root / "bundles").unlink()
-    (tmp_path / "config.json").write_bytes(b"x" * 100)
-    manifest = Manifest.of(tmp_path)
-
-    def send(part: int, data: bytes) -> int:
-        request = ProvisionRequest(
-            run_id="ab" * 16, manifest=manifest.to_json(), part=part, parts=2
-        )
-        reply = device.send(request.to_content_with(data), request.action)
-        return int(reply.content.metric_records[METRICS]["held"])
-
-    parts = list(read_parts(tmp_path, manifest, 60))
-    assert [send(INQUIRY, b""), send(0, parts[0]), send(1, parts[1]), send(INQUIRY, b"")] == [
-        *(0, 0),
-        *(1, 1),
+    terms = {"bottom_id": device.bottom_id, "mechanism": DCHI.to_json(), "run_id": "ab" * 16}
+    replies = [
+        device.ask(device.request()),
+        device.ask(device.request(epoch=1)),
+        device.ask(DescribeRequest(**terms, labels=True, epochs=1, bundles="")),
+        device.ask(device.request(), app_with(fails_quoting_text)),
     ]
-
-
-@pytest.mark.parametrize(
-    ("bounds", "data", "named"),
-    [
-        ({"policy_max_bundle_bytes": 99}, b"x" * 100, "policy.max-bundle-bytes: the run sends 100"),
-        ({}, b"y" * 100, "config.json does not match its hash"),
-        ({}, b"y" * 101, "more bytes than its manifest says"),
-    ],
-)
-def test_a_bundle_that_is_too_large_or_wrong_is_refused(
-    bounds: dict[str, Any], data: bytes, named: str, make_device: MakeDevice, tmp_path: Path
-) -> None:
-    device = make_device(**bounds)
-    (device.root / "bundles").unlink()
-    (tmp_path / "config.json").write_bytes(b"x" * 100)
-    manifest = Manifest.of(tmp_path)
-    request = ProvisionRequest(run_id="ab" * 16, manifest=manifest.to_json(), part=0, parts=1)
-    reply = device.send(request.to_content_with(data), request.action)
-    assert reply.error.code == REFUSED
-    assert named in reply.error.reason
-    assert not device.home.bundles.holds(manifest.id)
-
-
-def evaluate(device: Device, logits: np.ndarray) -> Message:
-    request = EvaluateRequest(run_id="ab" * 16, split="eval", examples=len(logits))
-    return device.send(request.to_content_with(logits), EVALUATE)
-
-
-def test_evaluation_answers_with_sums_only(device: Device) -> None:
-    labels = np.array(device.holdings.evaluation.labels)
-    logits = np.eye(2, dtype=np.float32)[labels] * 3
-    logits[0] = logits[0][::-1]
-    reply = evaluate(device, logits)
-    assert set(reply.content) == {METRICS}
-    metrics = dict(reply.content.metric_records[METRICS])
-    assert set(metrics) == {"examples", "correct", "loss_sum"}
-    assert (metrics["examples"], metrics["correct"]) == (40, 39)
-    assert metrics["loss_sum"] == pytest.approx(
-        39 * np.log1p(np.exp(-3)) + np.log1p(np.exp(3)), abs=0.005
-    )
-
-
-def test_chosen_outputs_do_not_spell_the_labels_out(device: Device) -> None:
-    labels = np.array(device.holdings.evaluation.labels)
-    weights = np.stack([np.zeros(len(labels)), 2.0 ** np.arange(len(labels))], axis=1)
-    first = dict(evaluate(device, weights.astype(np.float32)).content.metric_records[METRICS])
-    # unbounded, this sum would be the integer whose bits are the labels
-    spelled = float(sum(2.0**i for i, label in enumerate(labels) if label == 0))
-    assert spelled > 1e9
-    assert first["loss_sum"] < len(labels) * 21
-
-
-def test_evaluation_of_too_few_or_other_examples_is_refused(make_device: MakeDevice) -> None:
-    device = make_device(policy_min_metric_examples=41)
-    assert (
-        "policy.min-metric-examples: 40" in evaluate(device, np.zeros((40, 2), "f4")).error.reason
-    )
-    assert "40 evaluation examples" in evaluate(device, np.zeros((39, 2), "f4")).error.reason
+    assert [reply.has_error() for reply in replies] == [False, True, False, True]
+    seen = b"".join(map(wire_bytes_of, replies)) + caplog.text.encode() + repr(replies).encode()
+    seen += recorddict_to_proto(device.state).SerializeToString()
+    home = device.home
+    keys = [home.secret, *(home.derive(p) for p in ("noise", "mark", "ledger", "order"))]
+    for key in keys:
+        assert key not in seen
+        assert key.hex().encode() not in seen
+        assert repr(key)[2:-1].encode() not in seen
