@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from device_kit import Device, clean_rows
@@ -15,6 +16,7 @@ from tiny_models import one_thread
 
 from privtune_flwr.assets import model_folder
 from privtune_flwr.bundle import BundleCache, Manifest
+from privtune_flwr.data import load_source
 from privtune_flwr.models import CutModel, cut_model
 from privtune_flwr.privacy import registry
 from privtune_flwr.privacy.learning import State
@@ -25,6 +27,18 @@ def one_torch_thread() -> Iterator[None]:
     """Short computations on a busy machine: waiting for other threads would be all the cost."""
     with one_thread():
         yield
+
+
+@pytest.fixture(scope="module")
+def movies() -> datasets.Dataset:
+    """All of movie-snippets."""
+    return load_source("movie-snippets")
+
+
+@pytest.fixture(scope="module")
+def newsgroups() -> datasets.Dataset:
+    """All of 20newsgroups."""
+    return load_source("20newsgroups")
 
 
 @pytest.fixture(scope="session")
