@@ -20,7 +20,7 @@ from privtune_flwr.federated.settings import FitSettings
 from privtune_flwr.privacy.learning import State
 from privtune_flwr.protocol.replies import (
     METRICS,
-    check_header,
+    check_answer,
     check_sender,
     read_arrays,
     read_metrics,
@@ -228,11 +228,8 @@ def check_fit(content: RecordDict, request: FitRequest, schema: Schema) -> State
             "metrics: a sum over the text has no noise, where noise was asked for",
         )
     header = dict(content.config_records[FIT_HEADER])
-    check_header(header, HEADER_TYPES, FIT_HEADER)
-    require(header["run_id"] == request.run_id, f"{FIT_HEADER}.run_id: another run")
-    require(header["round"] == request.round, f"{FIT_HEADER}.round: another one")
+    check_answer(header, HEADER_TYPES, FIT_HEADER, run_id=request.run_id, number=request.round)
     require(header["settings"] == settings.id, f"{FIT_HEADER}.settings: others")
-    require(0 < int(str(header["examples"])) <= 10**9, f"{FIT_HEADER}.examples: out of range")
     arrays = read_arrays(content.array_records[ANSWER], schema, ANSWER)
     for name, value in arrays.items():
         require(bool(np.isfinite(value).all()), f"{ANSWER}.{name}: NaN or Inf")

@@ -111,6 +111,16 @@ def check_header(record: dict[str, Any], types: dict[str, type], name: str) -> N
     require(record["schema"] == SCHEMA_VERSION, f"{name}.schema: wrong version")
 
 
+def check_answer(
+    header: dict[str, Any], types: dict[str, type], name: str, *, run_id: str, number: int
+) -> None:
+    """Check that a header is of the schema, of this run and this round, and counts examples."""
+    check_header(header, types, name)
+    require(header["run_id"] == run_id, f"{name}.run_id: another run")
+    require(header["round"] == number, f"{name}.round: another one")
+    require(0 < int(header["examples"]) <= 10**9, f"{name}.examples: out of range")
+
+
 def check_sender(record: ConfigRecord, name: str, *, device_id: str, examples: int) -> None:
     """Check that a header is of the device that was asked, for what it described."""
     require(record["device_id"] == device_id, f"{name}.device_id: another device")

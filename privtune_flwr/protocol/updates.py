@@ -18,7 +18,7 @@ from privtune_flwr.privacy.learning import State
 from privtune_flwr.protocol.replies import (
     MARK,
     METRICS,
-    check_header,
+    check_answer,
     check_sender,
     read_arrays,
     read_metrics,
@@ -147,11 +147,8 @@ def check_update(
     header = dict(content.config_records[LEARN_HEADER])
     if marked:
         require(isinstance(header.pop(MARK, None), bytes), f"{LEARN_HEADER}.mark: missing")
-    check_header(header, HEADER_TYPES, LEARN_HEADER)
-    require(header["run_id"] == request.run_id, f"{LEARN_HEADER}.run_id: another run")
-    require(header["round"] == request.round, f"{LEARN_HEADER}.round: another one")
+    check_answer(header, HEADER_TYPES, LEARN_HEADER, run_id=request.run_id, number=request.round)
     require(header["mechanism"] == request.spec.id, f"{LEARN_HEADER}.mechanism: another one")
-    require(0 < int(str(header["examples"])) <= 10**9, f"{LEARN_HEADER}.examples: out of range")
     schema = {name: ("float32", value.shape) for name, value in state.items()}
     return _finite(read_arrays(content.array_records[UPDATE], schema, UPDATE), UPDATE)
 

@@ -30,8 +30,8 @@ from privtune_flwr.audit.attacks.base import (
     Tell,
     silent,
 )
-from privtune_flwr.audit.attacks.learned import divided
 from privtune_flwr.audit.attacks.levels import Levels
+from privtune_flwr.audit.attacks.trained import divided
 
 if TYPE_CHECKING:
     from privtune_flwr.audit.knowledge import Knowledge, Pair

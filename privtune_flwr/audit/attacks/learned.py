@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from privtune_flwr.audit.attacks.base import (
-    Family,
     Level,
-    PosteriorAttack,
     Released,
     Tell,
     silent,
 )
 from privtune_flwr.audit.attacks.inverter import Batch, Inverter, Network, Truth
+from privtune_flwr.audit.attacks.trained import TrainedAttack, divided
 from privtune_flwr.models.bottom import length_sorted_batches
 
 if TYPE_CHECKING:
@@ -41,12 +40,11 @@ _BATCH_TOKENS = 1024
 _GUESS_TOKENS = 2048
 _RATE = 5e-4
 _WARM_UP = 20
-_HELD_OUT, _HELD_OUT_TOKENS = 0.1, 1200
 _CHECKS = 6  # validations over all steps
 _PATIENCE = 3
 
 
-class Learned(PosteriorAttack):
+class Learned(TrainedAttack):
     """A residual network on top of the Gaussian attacker.
 
     Below the level ``adaptive`` it is trained on clean pairs, as the paper's attacker is; from
@@ -58,13 +56,8 @@ class Learned(PosteriorAttack):
         How much the attacker knows.
     network : {"mlp", "sequence"}
         Sees one row, or its whole sentence.
-    steps : int
-        Optimiser steps at most, of about 1,024 tokens each; fewer once the loss on held-out text
-        of the attacker's own has stopped falling.
-    tokens : int
-        Tokens of the attacker's own text to train on at most.
-    seed : int
-        Of initial weights, batches and sampled candidates.
+    steps, tokens, seed
+        As in :class:`TrainedAttack`.
 
     Raises
     ------
@@ -72,40 +65,18 @@ class Learned(PosteriorAttack):
         If there is no such network or a count is not positive.
     """
 
-    family: ClassVar[Family] = "learned"
-
     def __init__(
         self, level: Level, *, network: Network, steps: int, tokens: int, seed: int = 0
     ) -> None:
-        super().__init__(level)
+        super().__init__(level, steps=steps, tokens=tokens, seed=seed)
         if network not in NETWORKS:
             raise ValueError(f"network = {network!r}: allowed: {', '.join(NETWORKS)}")
-        if steps < 1 or tokens < 1:
-            raise ValueError(f"steps = {steps}, tokens = {tokens}: both must be positive")
         self._network: Network = network
-        self._steps, self._tokens, self._seed = steps, tokens, seed
-        self._checked: list[tuple[int, float]] = []
 
     @property
     def name(self) -> str:
         """``learned-mlp`` or ``learned-sequence``."""
         return f"learned-{self._network}"
-
-    @property
-    def settings(self) -> dict[str, str | int | float]:
-        """Steps, tokens and seed."""
-        return {"steps": self._steps, "tokens": self._tokens, "seed": self._seed}
-
-    @property
-    def curve(self) -> dict[str, Any] | None:
-        """Loss on held-out text of the attacker's own; step 0 is the Gaussian."""
-        steps, losses = zip(*self._checked, strict=True) if self._checked else ((), ())
-        return {
-            "x": list(steps),
-            "y": list(losses),
-            "xlabel": "step",
-            "ylabel": "held-out loss (nats a token)",
-        }
 
     def fit(self, knowledge: Knowledge, released: Released, tell: Tell = silent) -> None:
         """Train on the attacker's own text; the released rows are not looked at.
@@ -200,11 +171,3 @@ class Learned(PosteriorAttack):
                 chosen = [int(order[i]) for i in batches[place]]
                 rows = [knowledge.perturb(pairs[i], epoch, i) for i in chosen]
                 yield self._model.padded(rows), self._model.truth([pairs[i] for i in chosen])
-
-
-def divided(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Hold the first sentences out: in-domain ones where there are any, drawn at random else."""
-    ends = np.cumsum([len(p.ids) for p in pairs])
-    wanted = min(_HELD_OUT * ends[-1], _HELD_OUT_TOKENS)
-    count = max(1, int(np.searchsorted(ends, wanted)))
-    return pairs[:count], pairs[count:] or pairs

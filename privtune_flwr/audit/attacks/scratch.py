@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional
 
 from privtune_flwr.audit.attacks.base import (
-    Family,
     Level,
     PosteriorAttack,
     Released,
@@ -33,10 +32,10 @@ from privtune_flwr.audit.attacks.base import (
 from privtune_flwr.audit.attacks.counts import MOST_SYMBOLS, Counts
 from privtune_flwr.audit.attacks.exact import Exact
 from privtune_flwr.audit.attacks.gaussian import Gaussian
-from privtune_flwr.audit.attacks.learned import divided
 from privtune_flwr.audit.attacks.levels import Levels
 from privtune_flwr.audit.attacks.reader import Reader
 from privtune_flwr.audit.attacks.retrieval import NearestEntries
+from privtune_flwr.audit.attacks.trained import TrainedAttack, divided
 from privtune_flwr.models.bottom import length_sorted_batches
 
 if TYPE_CHECKING:
@@ -54,19 +53,15 @@ _NEVER = -30.0  # nats
 _SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 1.0)
 
 
-class FromScratch(PosteriorAttack):
+class FromScratch(TrainedAttack):
     """A sequence transformer that starts from word frequencies.
 
     Parameters
     ----------
     level : Level
         ``adaptive`` at least: its text passes through the mechanism.
-    steps : int
-        Optimiser steps at most, of about 1,024 tokens each.
-    tokens : int
-        Tokens of the attacker's own text at most.
-    seed : int
-        Of initial weights, batches and sampled candidates.
+    steps, tokens, seed
+        As in :class:`TrainedAttack`; step 0 guesses by frequency.
 
     Raises
     ------
@@ -74,37 +69,15 @@ class FromScratch(PosteriorAttack):
         If the level is ``unaware`` or a count is not positive.
     """
 
-    family: ClassVar[Family] = "learned"
-
     def __init__(self, level: Level, *, steps: int, tokens: int, seed: int = 0) -> None:
         if level == "unaware":
             raise ValueError("an attacker of level unaware cannot release text of its own")
-        if steps < 1 or tokens < 1:
-            raise ValueError(f"steps = {steps}, tokens = {tokens}: both must be positive")
-        super().__init__(level)
-        self._steps, self._tokens, self._seed = steps, tokens, seed
-        self._checked: list[tuple[int, float]] = []
+        super().__init__(level, steps=steps, tokens=tokens, seed=seed)
 
     @property
     def name(self) -> str:
         """``learned-from-scratch``."""
         return "learned-from-scratch"
-
-    @property
-    def settings(self) -> dict[str, str | int | float]:
-        """Steps, tokens and seed."""
-        return {"steps": self._steps, "tokens": self._tokens, "seed": self._seed}
-
-    @property
-    def curve(self) -> dict[str, Any] | None:
-        """Loss on held-out text of the attacker's own; step 0 guesses by frequency."""
-        steps, losses = zip(*self._checked, strict=True) if self._checked else ((), ())
-        return {
-            "x": list(steps),
-            "y": list(losses),
-            "xlabel": "step",
-            "ylabel": "held-out loss (nats a token)",
-        }
 
     def held_out(self, knowledge: Knowledge) -> list[Pair]:
         """Give the releases that it was validated on, not trained."""
