@@ -33,6 +33,7 @@ from privtune_flwr.privacy.text.vectors import Vectors
 
 if TYPE_CHECKING:
     from privtune_flwr.privacy.privtune.bank import Bottom
+    from privtune_flwr.privacy.public import PublicKnowledge
 
 TENSORS = "text.safetensors"
 #: Parameters that every specification of this family has.
@@ -167,6 +168,31 @@ class VectorRewrite(TokenRewrite):
                     f"{self.name}: the artefact's vectors are not those of the device's model"
                 )
         return super().attach(bottom)
+
+
+def write_vectors(
+    name: str,
+    folder: Path,
+    params: dict[str, Param],
+    *,
+    public: PublicKnowledge,
+    vectors: Vectors,
+    unit: float,
+    **more: NDArray[Any],
+) -> MechanismSpec:
+    """Write the vectors and ``more`` tensors, and give the specification of a rewriting by them."""
+    common: dict[str, Param] = {
+        "unit": unit,
+        "vocabulary": len(vectors),
+        "special": len(public.special_ids),
+        "dimension": vectors.dimension,
+    }
+    tensors: dict[str, NDArray[Any]] = {
+        "special": public.special_ids,
+        "vectors": vectors.table_VD,
+        **more,
+    }
+    return write_artefact(name, folder, {**params, **common}, tensors)
 
 
 class RowChannel:

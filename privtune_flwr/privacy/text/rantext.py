@@ -31,6 +31,7 @@ from privtune_flwr.privacy.base import (
     Guarantee,
     MechanismError,
     MechanismSpec,
+    Param,
     ParamReader,
     Strength,
 )
@@ -43,7 +44,7 @@ from privtune_flwr.privacy.text.base import (
     draw_by_weight,
     read_vectors,
     token_blocks,
-    write_artefact,
+    write_vectors,
 )
 from privtune_flwr.privacy.text.vectors import Vectors, public_vectors
 
@@ -92,19 +93,11 @@ class RanText(VectorRewrite):
         """Bound delta; the vectors are the artefact."""
         vectors, unit = public_vectors(public)
         epsilon = config.text.epsilon
-        params: dict[str, str | int | float] = {
+        params: dict[str, Param] = {
             "epsilon": epsilon,
             "delta": min(1.0, 1.001 * shortfall(vectors, epsilon)),
-            "unit": unit,
-            "vocabulary": len(vectors),
-            "special": len(public.special_ids),
-            "dimension": vectors.dimension,
         }
-        tensors: dict[str, NDArray[Any]] = {
-            "special": public.special_ids,
-            "vectors": vectors.table_VD,
-        }
-        return write_artefact(cls.name, folder, params, tensors)
+        return write_vectors(cls.name, folder, params, public=public, vectors=vectors, unit=unit)
 
     @classmethod
     def load(cls, spec: MechanismSpec, artefact: Path | None) -> Self:

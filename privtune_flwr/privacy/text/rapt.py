@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from privtune_flwr.privacy.base import Guarantee, MechanismSpec, ParamReader
+from privtune_flwr.privacy.base import Guarantee, MechanismSpec, Param, ParamReader
 from privtune_flwr.privacy.dchi import ETA_RANGE, sample_dchi
 from privtune_flwr.privacy.text.base import (
     COMMON,
@@ -30,7 +30,7 @@ from privtune_flwr.privacy.text.base import (
     channel_blocks,
     read_vectors,
     token_blocks,
-    write_artefact,
+    write_vectors,
 )
 from privtune_flwr.privacy.text.vectors import Vectors, public_vectors
 
@@ -72,18 +72,8 @@ class RAPT(VectorRewrite):
         """Resolve eta; the vectors are the artefact."""
         vectors, unit = public_vectors(public)
         eta = config.eta if config.eta > 0 else vectors.dimension / (config.noise * unit)
-        params: dict[str, str | int | float] = {
-            "eta": float(eta),
-            "unit": unit,
-            "vocabulary": len(vectors),
-            "special": len(public.special_ids),
-            "dimension": vectors.dimension,
-        }
-        tensors: dict[str, NDArray[Any]] = {
-            "special": public.special_ids,
-            "vectors": vectors.table_VD,
-        }
-        return write_artefact(cls.name, folder, params, tensors)
+        params: dict[str, Param] = {"eta": float(eta)}
+        return write_vectors(cls.name, folder, params, public=public, vectors=vectors, unit=unit)
 
     @classmethod
     def load(cls, spec: MechanismSpec, artefact: Path | None) -> Self:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from privtune_flwr.privacy.base import Guarantee, MechanismError, MechanismSpec, ParamReader
+from privtune_flwr.privacy.base import Guarantee, MechanismError, MechanismSpec, Param, ParamReader
 from privtune_flwr.privacy.dchi import ETA_RANGE
 from privtune_flwr.privacy.text.base import (
     COMMON,
@@ -32,7 +32,7 @@ from privtune_flwr.privacy.text.base import (
     draw_by_weight,
     read_vectors,
     token_blocks,
-    write_artefact,
+    write_vectors,
 )
 from privtune_flwr.privacy.text.vectors import Vectors, public_vectors
 
@@ -83,21 +83,20 @@ class SanText(VectorRewrite):
         rarest_first = text[np.argsort(public.counts[text], kind="stable")]
         sensitive_V = np.zeros(len(vectors), dtype=np.uint8)
         sensitive_V[rarest_first[: _count(config.text.sensitive, len(text))]] = 1
-        params: dict[str, str | int | float] = {
+        params: dict[str, Param] = {
             "eta": config.text.epsilon,
             "sensitive": config.text.sensitive,
             "replace": config.text.replace,
-            "unit": unit,
-            "vocabulary": len(vectors),
-            "special": len(public.special_ids),
-            "dimension": vectors.dimension,
         }
-        tensors: dict[str, NDArray[Any]] = {
-            "special": public.special_ids,
-            "vectors": vectors.table_VD,
-            "sensitive": sensitive_V,
-        }
-        return write_artefact(cls.name, folder, params, tensors)
+        return write_vectors(
+            cls.name,
+            folder,
+            params,
+            public=public,
+            vectors=vectors,
+            unit=unit,
+            sensitive=sensitive_V,
+        )
 
     @classmethod
     def load(cls, spec: MechanismSpec, artefact: Path | None) -> Self:
