@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from device_kit import Device, clean_rows
 from learned_kit import ToyLearned, ToyLearner
-from tiny_models import one_thread
+from tiny_models import one_thread, save_tiny
 
 from privtune_flwr.assets import model_folder
 from privtune_flwr.bundle import BundleCache, Manifest
 from privtune_flwr.data import load_source
-from privtune_flwr.models import CutModel, cut_model
+from privtune_flwr.models import BottomModel, CutModel, cut_model
 from privtune_flwr.privacy import registry
 from privtune_flwr.privacy.learning import State
 
@@ -83,6 +83,13 @@ def device(make_device: Callable[..., Device]) -> Device:
 def clean(device: Device) -> np.ndarray:
     """Clean rows of the device's first chunk."""
     return clean_rows(device)
+
+
+@pytest.fixture(scope="module")
+def tiny_bottom(tmp_path_factory: pytest.TempPathFactory) -> BottomModel:
+    """A tiny BERT's two lowest blocks."""
+    folder = save_tiny("bert", tmp_path_factory.mktemp("bert"))
+    return cut_model(folder, cut=2, num_labels=3, seed=0).bottom
 
 
 @pytest.fixture(scope="module")
