@@ -101,6 +101,12 @@ class BottleneckSection(Section):
         0.0, ge=0, le=1e6, description="d_chi noise on numbers in [-1, 1], for levels = 0"
     )
     flip: float = Field(0.0, ge=0, lt=1, description="randomised response on each quantised number")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="of adapters in the tuned blocks; 0 = all weights of the blocks",
+    )
 
     @model_validator(mode="after")
     def _settings_fit(self) -> BottleneckSection:

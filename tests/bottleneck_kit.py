@@ -27,6 +27,7 @@ def recipe(**changes: Any) -> Recipe:
         "levels": 4,
         "eta": 0.0,
         "flip": 0.0,
+        "lora_rank": 0,
         "hidden_size": HIDDEN,
         "positions": POSITIONS,
         "rounds": 2,

@@ -15,11 +15,16 @@ from privtune_flwr.privacy.bottleneck.recipe import Shape
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "mistral")
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_learn_and_the_bottom_model_stays(family: str, tmp_path: Path) -> None:
+def test_blocks_learn_and_the_bottom_model_stays(
+    family: str, lora_rank: int, tmp_path: Path
+) -> None:
     bottom = cut_model(save_tiny(family, tmp_path), cut=1, num_labels=2, seed=0).bottom
     before = {name: p.clone() for name, p in bottom.named_parameters()}
-    shape = Shape(width=2, levels=4, eta=0.0, flip=0.0, positions=16, adversary=False)
+    shape = Shape(
+        width=2, levels=4, eta=0.0, flip=0.0, positions=16, adversary=False, lora_rank=lora_rank
+    )
     network = BottleneckNetwork(bottom, shape, num_labels=2)
     ids_BT = torch.randint(3, 20, (2, 6), generator=torch.Generator().manual_seed(0))
     mask_BT = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])

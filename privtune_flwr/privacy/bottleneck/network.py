@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from privtune_flwr.models.bottom import BottomModel
+from privtune_flwr.models.families import linear_names
 from privtune_flwr.privacy.base import MechanismError
 from privtune_flwr.privacy.bottleneck.recipe import Shape
 from privtune_flwr.privacy.learning import State
@@ -126,7 +127,7 @@ class BottleneckNetwork(nn.Module):
             raise MechanismError("bottleneck: needs a BottomModel, whose blocks can be copied")
         self.shape = shape
         self.num_labels = num_labels
-        self.base = _copy_blocks(bottom)
+        self.base = _own_blocks(bottom, shape.lora_rank)
         self._padding_id = int(bottom.base.config.pad_token_id or 0)
         hidden_size = bottom.hidden_size
         self.norm = nn.LayerNorm(hidden_size)
@@ -228,12 +229,26 @@ def _dchi_like(values: Tensor, eta: float) -> Tensor:
     return direction * torch._standard_gamma(shape) / eta
 
 
-def _copy_blocks(bottom: BottomModel) -> Any:
-    """Copy a base model's blocks for training; everything else is shared and stays frozen."""
+def _own_blocks(bottom: BottomModel, lora_rank: int) -> Any:
+    """Copy a base model so that its blocks can be tuned; all that stays frozen is shared."""
     blocks = bottom.family.block_list(bottom.base)
-    tuned = {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
+    tuned = set() if lora_rank else {id(t) for t in (*blocks.parameters(), *blocks.buffers())}
     everything = (*bottom.base.parameters(), *bottom.base.buffers())
     # What the memo holds is taken as its own copy: the large embedding table exists once.
     base = copy.deepcopy(bottom.base, {id(t): t for t in everything if id(t) not in tuned})
-    bottom.family.block_list(base).requires_grad_(True)
+    if not lora_rank:
+        bottom.family.block_list(base).requires_grad_(True)
+        return base
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = linear_names(base, bottom.family)
+    if targets:  # none where the model is cut below its first block
+        lora = LoraConfig(
+            r=lora_rank,
+            lora_alpha=2 * lora_rank,
+            lora_dropout=0.0,
+            target_modules=targets,
+            fan_in_fan_out=bottom.family.conv1d,
+        )
+        inject_adapter_in_model(lora, base)
     return base

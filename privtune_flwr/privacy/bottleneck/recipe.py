@@ -15,6 +15,7 @@ NAME = "bottleneck"
 TENSORS = "bottleneck.safetensors"
 MAX_WIDTH = 1024
 MAX_LEVELS = 4096
+MAX_RANK = 1024
 _ETA_LOW, _ETA_HIGH = 1e-6, 1e6
 _WARM_STARTS = ("none", "labels")
 
@@ -32,6 +33,8 @@ class Shape:
         release, so that the read-out is fitted to what will really arrive.
     adversary : bool
         Whether a decoder of tokens is trained against the symbols.
+    lora_rank : int
+        Of the adapters in the blocks; 0: all weights of the blocks are tuned.
     """
 
     width: int
@@ -40,6 +43,7 @@ class Shape:
     flip: float
     eta: float
     adversary: bool
+    lora_rank: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Recipe:
     ----------
     width, levels, eta, flip : int, int, float, float
         R; L, or 0 for d_chi noise with ``eta``; randomised response on each number.
+    lora_rank : int
+        What of the blocks is tuned: low-rank adapters, or with 0 all weights.
     hidden_size, positions : int
         D of the bottom model, and the longest sentence.
     rounds, epochs, batch_size, learning_rate, head_learning_rate, adversary, warm_start
@@ -64,6 +70,7 @@ class Recipe:
     levels: int
     eta: float
     flip: float
+    lora_rank: int
     hidden_size: int
     positions: int
     rounds: int
@@ -102,6 +109,7 @@ class Recipe:
             levels=own.levels,
             eta=own.eta,
             flip=own.flip,
+            lora_rank=own.lora_rank,
             hidden_size=hidden_size,
             positions=positions,
             rounds=learning.rounds,
@@ -131,6 +139,7 @@ class Recipe:
             levels=levels,
             eta=reader.real("eta", *((0, 0) if levels else (_ETA_LOW, _ETA_HIGH))),
             flip=reader.real("flip", 0, 1 - 1e-9),
+            lora_rank=reader.integer("lora_rank", 0, MAX_RANK),
             hidden_size=reader.integer("hidden_size", 1, 65_536),
             positions=reader.integer("positions", 1, 1_000_000),
             rounds=reader.integer("rounds", 1, 1000),
@@ -153,7 +162,13 @@ class Recipe:
     def shape(self) -> Shape:
         """What the network needs to know."""
         return Shape(
-            self.width, self.levels, self.positions, self.flip, self.eta, self.adversary > 0
+            width=self.width,
+            levels=self.levels,
+            positions=self.positions,
+            flip=self.flip,
+            eta=self.eta,
+            adversary=self.adversary > 0,
+            lora_rank=self.lora_rank,
         )
 
     @property
