@@ -25,11 +25,14 @@ from privtune_flwr.privacy.registry import create_mechanism
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_state_makes_the_round_trip_in_every_family(family: str, tmp_path: Path) -> None:
+def test_state_makes_the_round_trip_in_every_family(
+    family: str, lora_rank: int, tmp_path: Path
+) -> None:
     bottom = cut_model(save_tiny(family, tmp_path / "model"), cut=2, num_labels=3, seed=0).bottom
     before = {n: t.clone() for n, t in bottom.named_parameters()}
-    learner = learner_of(bottom, adversary=0.2)
+    learner = learner_of(bottom, adversary=0.2, lora_rank=lora_rank)
     ids, labels = task(8)
     state = learner.start()
     update = learner.update(state, ids, labels, round_number=1, seed=3)
@@ -37,6 +40,7 @@ def test_state_makes_the_round_trip_in_every_family(family: str, tmp_path: Path)
     tuned = [n for n in state if n.startswith("base.") and (after[n] != state[n]).any()]
     assert tuned
     assert all(f".{bottom.family.blocks}." in f".{n}." for n in tuned)
+    assert all(("lora_" in n) == bool(lora_rank) for n in tuned)
     (tmp_path / "done").mkdir()
     spec = learner.finish(after, tmp_path / "done")
     assert spec.artefact == Manifest.of(tmp_path / "done").id
@@ -120,7 +124,10 @@ def test_the_adversary_makes_tokens_harder_to_tell(tiny_bottom: BottomModel) -> 
     assert recovered(3.0) < 0.8 * recovered(1e-9)
 
 
-def test_a_real_federated_round_lowers_the_loss(minilm: CutModel) -> None:
+@pytest.mark.parametrize(("lora_rank", "learning_rate"), [(0, 3e-4), (8, 2e-3)])
+def test_a_real_federated_round_lowers_the_loss(
+    lora_rank: int, learning_rate: float, minilm: CutModel
+) -> None:
     """MiniLM, movie-snippets, two devices of 48 sentences, two rounds."""
     source = load_source("movie-snippets").shuffle(seed=0).select(range(96))
     ids = tokenise(minilm.tokenizer, source["text"][:], 32)
@@ -129,7 +136,8 @@ def test_a_real_federated_round_lowers_the_loss(minilm: CutModel) -> None:
         hidden_size=384,
         positions=32,
         batch_size=8,
-        learning_rate=3e-4,
+        lora_rank=lora_rank,
+        learning_rate=learning_rate,
         head_learning_rate=3e-3,
         rounds=2,
         epochs=2,
