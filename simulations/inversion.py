@@ -50,7 +50,13 @@ PARTS = 20
 WHOLE = 160
 SECONDS = 20.0  # to put one device's sentences together
 LABELS = ("negative", "positive")
-LEARNING = {"learning-adamw-round": 1, "learning-adamw-round-later": 2}
+#: Round, and rank of the adapters in the blocks (0: whole blocks).
+LEARNING = {
+    "learning-adamw-round": (1, 0),
+    "learning-adamw-round-later": (2, 0),
+    "learning-lora-adamw-round": (1, 8),
+    "learning-lora-adamw-round-later": (2, 8),
+}
 _PUBLIC: list[NDArray[np.int32]] = []
 # each at the larger end of what trains, so that a gradient is not lost in float32's rounding
 RATES: dict[tuple[str, str], float] = {
@@ -174,11 +180,11 @@ def measured(setting: Setting) -> dict[str, Any]:
     }
 
 
-def measured_learning(number: int) -> dict[str, Any]:
+def measured_learning(number: int, lora_rank: int) -> dict[str, Any]:
     """Attack the updates of the default bottleneck's learning phase, in round 1 or 2."""
     begun = time.process_time()
     tokenizer = load_tokenizer(Path(resolve_model("minilm")))
-    phase = LearningPhase(RunConfig().model.cut, LABELS, _public(tokenizer))
+    phase = LearningPhase(RunConfig().model.cut, LABELS, _public(tokenizer), lora_rank=lora_rank)
     state = phase.learner.start()
     if number > 1:
         ids, labels = _text(PARTS - 1, 0, tokenizer)
@@ -194,7 +200,7 @@ def measured_learning(number: int) -> dict[str, Any]:
         "batch": 0,
         "round": number,
         "guard": "none",
-        "learning_rate": RunConfig().privacy.learning.learning_rate,
+        "learning_rate": phase.rate,
         **_summary(devices),
         "seconds": time.process_time() - begun,
     }
@@ -232,7 +238,7 @@ def main(
     command = f"python -m simulations.inversion {' '.join(sys.argv[1:])}".strip()
     work: dict[str, Callable[[], dict[str, Any]]] = {
         **{setting.name: partial(measured, setting) for setting in settings()},
-        **{name: partial(measured_learning, number) for name, number in LEARNING.items()},
+        **{name: partial(measured_learning, *work) for name, work in LEARNING.items()},
     }
     for name, measure in work.items():
         # read anew each time: another process may share the work

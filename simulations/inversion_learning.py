@@ -13,14 +13,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from privtune_flwr.audit.updates.base import CloudKnowledge, Update
-from privtune_flwr.config import RunConfig, flatten, load_run_config
+from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
 from privtune_flwr.federated.settings import FitSettings
 from privtune_flwr.federated.whole import load_whole
 from privtune_flwr.models import cut_model, resolve_model
+from privtune_flwr.models.families import last_parts, linear_names
 from privtune_flwr.privacy.bottleneck.learner import WEIGHT_DECAY, BottleneckLearner
 from privtune_flwr.privacy.bottleneck.recipe import Recipe
 from privtune_flwr.privacy.learning import State
 
+#: Adapters take a higher rate than the weights that they stand for.
+LORA_RATE: dict[str, Scalar] = {"privacy.learning.learning-rate": 1e-3}
 _BASE = "base."
 
 
@@ -35,11 +38,35 @@ class LearningPhase:
         Names of the classes.
     public : sequence of int arrays (T,)
         Public text as token ids.
+    lora_rank : int
+        Of adapters in the blocks; 0: whole blocks are tuned.
     """
 
-    def __init__(self, cut: int, labels: Sequence[str], public: Sequence[NDArray[Any]]) -> None:
-        config = RunConfig()
+    def __init__(
+        self,
+        cut: int,
+        labels: Sequence[str],
+        public: Sequence[NDArray[Any]],
+        *,
+        lora_rank: int = 0,
+    ) -> None:
+        adapters: dict[str, Scalar] = (
+            {"privacy.bottleneck.lora-rank": lora_rank, **LORA_RATE} if lora_rank else {}
+        )
+        config = load_run_config(flatten(RunConfig()) | adapters)
         learning = config.privacy.learning
+        source = resolve_model(config.model.name)
+        bottom = cut_model(source, cut=cut, num_labels=len(labels), seed=0).bottom
+        tuned: dict[str, Scalar] = {}
+        if lora_rank:
+            tuned = {
+                "model.tuning": "lora",
+                "model.lora-rank": lora_rank,
+                "model.lora-alpha": 2 * lora_rank,
+                "model.lora-targets": ",".join(
+                    last_parts(linear_names(bottom.base, bottom.family))
+                ),
+            }
         # the learner's own optimiser; its rate falls by a few percent in a round, which weight
         # decay, the only thing that this is used for, does not notice
         same = load_run_config(
@@ -53,15 +80,14 @@ class LearningPhase:
                 "train.warmup": 0.0,
                 "federated.local-epochs": learning.epochs,
             }
+            | tuned
         )
-        source = resolve_model(config.model.name)
         model = load_whole(source, FitSettings.of(same), labels)
-        bottom = cut_model(source, cut=cut, num_labels=len(labels), seed=0).bottom
         recipe = Recipe.from_config(
             config.privacy, hidden_size=bottom.hidden_size, positions=config.model.max_length
         )
         self.learner = learner = BottleneckLearner(recipe, bottom, len(labels))
-        self.rounds = learning.rounds
+        self.rounds, self.rate = learning.rounds, learning.learning_rate
         self._names = _whole_names(learner.start(), [n for n, _ in model.named_parameters()])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self._names.values())
