@@ -40,5 +40,5 @@ frontier: setup
 # process of the same command shares the work): simulations/results/comparison.json and .csv, .md;
 # docs/comparison-*.svg. --plan lists the runs.
 compare: setup
-	OMP_NUM_THREADS=1 $(BIN)/privtune compare comparison --audit full --prune \
+	OMP_NUM_THREADS=1 $(BIN)/privtune compare comparison --audit quick --prune \
 		--out simulations/results/comparison.json --figures docs

@@ -218,6 +218,20 @@ def test_the_tables_say_how_rates_were_chosen_and_what_is_projected(
     assert rows[3]["sd"] == ""
 
 
+def test_a_page_names_what_is_not_finished_instead_of_showing_an_empty_row(
+    finished: tuple[Any, dict[str, Any]],
+) -> None:
+    content = finished[1]
+    assert "Not finished" not in short_markdown(content)
+    rows = [
+        {**row, "accuracy": None} if row["method"] == "local" else row for row in content["methods"]
+    ]
+    text = short_markdown({**content, "methods": rows})
+    assert "Not finished, and not in the table: local." in text
+    assert "| local |" not in text.split("Every method")[0]
+    assert "| ours |" in text
+
+
 def test_outputs_are_written_whole_and_figures_drawn(
     finished: tuple[Any, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -118,9 +118,9 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
-def main_table(content: Row) -> str:
+def main_table(rows: Sequence[Row]) -> str:
     """One row a method, a device's share of everything."""
-    lines = [[cell(row) for _, cell in _COLUMNS] for row in content["methods"]]
+    lines = [[cell(row) for _, cell in _COLUMNS] for row in rows]
     return _markdown([name for name, _ in _COLUMNS], lines)
 
 
@@ -196,7 +196,7 @@ def markdown(content: Row) -> str:
     parts = [
         f"# {scenario['name']}\n\n{scenario['description']}\n",
         f"`{content['command']}`\n",
-        main_table(content),
+        main_table(content["methods"]),
         content["tuning"]["statement"] + "\n",
         edge_words(content),
     ]
@@ -226,8 +226,10 @@ def markdown(content: Row) -> str:
 
 def short_markdown(content: Row) -> str:
     """Write what a README shows: the table, equal budgets, the projection, how it was tuned."""
+    lacking = [row["method"] for row in content["methods"] if row["accuracy"] is None]
     parts = [
-        main_table(content),
+        main_table([row for row in content["methods"] if row["accuracy"] is not None]),
+        f"Not finished, and not in the table: {', '.join(lacking)}.\n" if lacking else "",
         content["tuning"]["statement"] + "\n",
         edge_words(content),
         axes_table(content["axes"]),
