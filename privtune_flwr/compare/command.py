@@ -216,4 +216,5 @@ def _command(scenario: str, options: CompareOptions) -> str:
     words = ["privtune compare", Path(scenario).name]
     words += [f"--methods {','.join(options.methods)}"] if options.methods else []
     words += [f"--seeds {','.join(map(str, options.seeds))}"] if options.seeds else []
+    words += [f"--audit {options.audit}"] if options.audit != "no" else []
     return " ".join(words)
