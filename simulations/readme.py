@@ -14,6 +14,7 @@ from typing import Any
 
 from privtune_flwr.compare.table import short_markdown
 from simulations.audit_tables import attribute_table, family_table, recovery_table
+from simulations.comparison_tables import CONDITIONS, conditions_table
 from simulations.frontier.tables import TABLES as FRONTIER
 from simulations.headline import table
 from simulations.study import RESULTS
@@ -122,6 +123,12 @@ def comparison() -> str:
     return short_markdown(_load("comparison.json"))
 
 
+def conditions() -> str:
+    """Give accuracy under each condition that the comparison was stored for."""
+    stored = [name for name in CONDITIONS if (RESULTS / f"{name}.json").exists()]
+    return conditions_table({name: _load(f"{name}.json") for name in stored})
+
+
 def inversion() -> str:
     """Say what the best attack read from each kind of update."""
     if not (RESULTS / "inversion.json").exists():
@@ -154,6 +161,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attributes": attributes,
     "device-cost": device_cost,
     "comparison": comparison,
+    "conditions": conditions,
     "inversion": inversion,
     **{name: _of_frontier(make) for name, make in FRONTIER.items()},
 }

@@ -142,7 +142,8 @@ def test_a_scenario_that_sets_a_learning_rate_is_refused(tmp_path: Path) -> None
 
 def test_packaged_comparisons_are_as_the_study_needs_them(tmp_path: Path) -> None:
     found = {n: load_scenario(n) for n in packaged_scenarios() if n.startswith("comparison")}
-    splits = {"comparison": "iid", "comparison-topics": "iid", "comparison-hundred": "iid"}
+    alike = ("comparison", *(f"comparison-{n}" for n in ("topics", "hundred", "dropout", "slow")))
+    splits = dict.fromkeys(alike, "iid")
     skewed = {"oneclass": "column", "dirichlet": "dirichlet", "sizes": "size"}
     splits |= {f"comparison-{name}": kind for name, kind in skewed.items()}
     assert {n: s.run_config().data.partitioner for n, s in found.items()} == splits
@@ -157,11 +158,17 @@ def test_packaged_comparisons_are_as_the_study_needs_them(tmp_path: Path) -> Non
     assert len(main_study.seeds) == 3
     # the same study but for what each is about
     for name in splits:
-        assert found[name].run_config().train == found["comparison"].run_config().train
+        train = found["comparison"].run_config().train
+        if name == "comparison-dropout":
+            train = train.model_copy(update={"retries": 5})
+        assert found[name].run_config().train == train
         assert found[name].compare.grid == main_study.grid
     assert found["comparison-oneclass"].run_config().data.partition_column == "label"
     assert found["comparison-dirichlet"].run_config().data.dirichlet_alpha == pytest.approx(0.1)
     assert found["comparison-hundred"].federation.num_supernodes == 100
+    for name in ("dropout", "slow"):
+        faults = load_scenario(name).run_config().simulation
+        assert found[f"comparison-{name}"].run_config().simulation == faults
 
 
 # ------------------------------------------------------------------------------ choice of the rate

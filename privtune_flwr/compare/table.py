@@ -134,11 +134,13 @@ def axis_title(axis: Row) -> str:
     return amount + (f" (all of {axis['of']})" if axis["of"] and axis["axis"] != "epochs" else "")
 
 
-def axes_table(axes: Sequence[Row]) -> str:
+def axes_table(content: Row) -> str:
     """Accuracy reached at equal epochs, bytes and device seconds."""
+    axes = content["axes"]
     if not axes:
         return ""
-    names = list(axes[0]["accuracy"])
+    # the methods' own order: a stored file has its keys sorted
+    names = [row["method"] for row in content["methods"] if row["method"] in axes[0]["accuracy"]]
     lines = [[n, *(_number(a["accuracy"].get(n), 1, 100) for a in axes)] for n in names]
     return _markdown(["method", *(axis_title(a) for a in axes)], lines)
 
@@ -201,7 +203,7 @@ def markdown(content: Row) -> str:
         edge_words(content),
     ]
     if content["axes"]:
-        parts += ["## At equal epochs, bytes and device seconds\n", axes_table(content["axes"])]
+        parts += ["## At equal epochs, bytes and device seconds\n", axes_table(content)]
     projected = projection_table(content)
     if projected:
         parts += ["## Projected wall time\n", content["projection"]["statement"] + "\n", projected]
@@ -232,7 +234,7 @@ def short_markdown(content: Row) -> str:
         f"Not finished, and not in the table: {', '.join(lacking)}.\n" if lacking else "",
         content["tuning"]["statement"] + "\n",
         edge_words(content),
-        axes_table(content["axes"]),
+        axes_table(content),
         projection_table(content),
     ]
     return "\n".join(part for part in parts if part)

@@ -10,8 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+# a shell's background job is started with SIGINT ignored, and so would be this command
 HELD = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from privtune_flwr.launcher import local_superlink
 with local_superlink() as link:
     print(link.pid, link.home, flush=True)
