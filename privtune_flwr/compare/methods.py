@@ -108,6 +108,13 @@ _METHODS = (
         rates=LEARNING_RATES,
     ),
     Method(
+        "privtune",
+        "the same through PrivTune's noise (reconstruction)",
+        "split",
+        {"train.strategy": "split", "privacy.mechanism": "privtune"},
+        "perturbed representations, once; labels",
+    ),
+    Method(
         "split-clear",
         "the same without a mechanism: what ours would reach without privacy",
         "split",
