@@ -287,7 +287,12 @@ def test_guarantees_in_words() -> None:
     assert "per device" in said
 
 
-INVERSION = {"attack": "span", "token_recall": 0.5, "content_recall": 0.4}
+INVERSION = {
+    "attack": "span",
+    "token_recall": 0.5,
+    "content_recall": 0.4,
+    "floor": {"token_recall": 0.3, "content_recall": 0.2},
+}
 
 
 def test_attack_success_is_read_where_an_attacker_was_there(tmp_path: Path) -> None:
@@ -298,11 +303,17 @@ def test_attack_success_is_read_where_an_attacker_was_there(tmp_path: Path) -> N
         "content": 0.4,
         "of": "distinct tokens",
         "by": "update inversion, span",
+        "floor": {"tokens": 0.3, "content": 0.2},
+        "unaware": None,
     }
+    # nothing that was tried is not nothing that was read
+    (tmp_path / "inversion.json").write_text(json.dumps(INVERSION | {"attack": "none"}))
+    assert attack(tmp_path) is None
     audit = {
         "best": {"unaware": "a", "adaptive": "b"},
         "best_content": {"unaware": "a", "adaptive": "b"},
         "valid": True,
+        "floors": {"constant": {"top1": {"value": 0.09}, "content_top1": {"value": 0.03}}},
         "attacks": [
             {"key": k, "measures": {"top1": {"value": t}, "content_top1": {"value": c}}}
             for k, t, c in (("a", 0.1, 0.05), ("b", 0.3, 0.2))
@@ -313,6 +324,8 @@ def test_attack_success_is_read_where_an_attacker_was_there(tmp_path: Path) -> N
     found = attack(tmp_path)
     assert found is not None
     assert (found["tokens"], found["content"]) == (0.3, 0.2)
+    assert found["floor"] == {"tokens": 0.09, "content": 0.03}
+    assert found["unaware"] == {"tokens": 0.1, "content": 0.05}
     # an audit that missed a planted leak says nothing
     (tmp_path / "audit" / "audit.json").write_text(json.dumps(audit | {"valid": False}))
     assert attack(tmp_path) is None

@@ -21,7 +21,12 @@ from privtune_flwr.compare.summary import DEFINITIONS, summarise
 from privtune_flwr.compare.table import as_csv, markdown, short_markdown
 from privtune_flwr.config import ConfigError
 
-INVERSION = {"attack": "span", "token_recall": 0.5, "content_recall": 0.4}
+INVERSION = {
+    "attack": "span",
+    "token_recall": 0.5,
+    "content_recall": 0.4,
+    "floor": {"token_recall": 0.3, "content_recall": 0.2},
+}
 QUIET = Console(file=io.StringIO())
 TWO = 'methods = ["ours", "fedavg-lora"]\n'
 GRID = "grid = [0.3, 1, 3]\n"
@@ -240,6 +245,7 @@ def test_outputs_are_written_whole_and_figures_drawn(
     options = command.CompareOptions(out=tmp_path / "small.json", figures=tmp_path / "figures")
     content = command.write_outputs(plan, options, "privtune compare small.toml")
     assert json.loads((tmp_path / "small.json").read_text()) == content
+    assert "| 50.0 / 40.0 (30.0 / 20.0) | - |" in (tmp_path / "small.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
         "small.csv",
         "small.json",

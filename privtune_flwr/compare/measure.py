@@ -180,8 +180,9 @@ def attack(folder: Path) -> dict[str, Any] | None:
     -------
     dict or None
         ``tokens`` and ``content`` as shares that the best attack reads, ``of`` what they are, and
-        ``by``; None where nobody attacked the run, or the audit's canaries say that it is not
-        valid.
+        ``by``; ``floor`` is what a blind guess reads of both, ``unaware`` (representations) what
+        an attacker does who does not know the perturbation, or None. None where nobody attacked
+        the run, no attack is for what it sent, or the audit's canaries say that it is not valid.
     """
     audited, inverted = _audited(folder), _inverted(folder)
     if audited.is_file():
@@ -193,18 +194,27 @@ def attack(folder: Path) -> dict[str, Any] | None:
         if not levels or audit["valid"] is False:
             return None
         strongest = levels[-1]
+        measures = {"tokens": "top1", "content": "content_top1"}
+        floor = audit["floors"]["constant"]
         return {
-            "tokens": best_value(audit, strongest, "top1"),
-            "content": best_value(audit, strongest, "content_top1"),
+            **{key: best_value(audit, strongest, name) for key, name in measures.items()},
             "of": "positions",
             "by": f"audit, {strongest}",
+            "floor": {key: floor[name]["value"] for key, name in measures.items()},
+            "unaware": {key: best_value(audit, "unaware", name) for key, name in measures.items()}
+            if "unaware" in audit["best"]
+            else None,
         }
     if inverted.is_file():
         found = json.loads(inverted.read_text(encoding="utf-8"))
+        if found["attack"] == "none":
+            return None  # nothing was tried, which is not the same as nothing read
+        measures = {"tokens": "token_recall", "content": "content_recall"}
         return {
-            "tokens": found["token_recall"],
-            "content": found["content_recall"],
+            **{key: found[name] for key, name in measures.items()},
             "of": "distinct tokens",
             "by": f"update inversion, {found['attack']}",
+            "floor": {key: found["floor"][name] for key, name in measures.items()},
+            "unaware": None,
         }
     return None

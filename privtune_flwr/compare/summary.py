@@ -38,7 +38,9 @@ DEFINITIONS: dict[str, str] = {
     "attack": "share of tokens, and of content words, that the best attack with knowledge of all "
     "but the secrets reads in what the cloud received: of positions in sentences where "
     "representations leave (audit.json), of a device's distinct tokens where updates do "
-    "(inversion.json)",
+    "(inversion.json); floor: what guessing the commonest tokens blindly reads; unaware: what an "
+    "attacker reads who does not know the perturbation, the paper's kind; None = not attacked, or "
+    "no attack of ours is for it",
 }
 _MEANS = (
     "bytes_up",

@@ -35,6 +35,10 @@ _CSV = (
     "against",
     "attack_tokens",
     "attack_content",
+    "floor_tokens",
+    "floor_content",
+    "unaware_tokens",
+    "unaware_content",
     "failed",
 )
 
@@ -86,12 +90,15 @@ def edge_words(content: Row) -> str:
     return f"At an end of the grid, so that a rate beyond it may do better: {', '.join(named)}.\n"
 
 
-def _read(row: Row) -> str:
-    found = row["attack"]
+def _read(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return NONE
-    tokens, content = _number(found["tokens"], 1, 100), _number(found["content"], 1, 100)
-    return f"{tokens} / {content}"
+    return f"{_number(found['tokens'], 1, 100)} / {_number(found['content'], 1, 100)}"
+
+
+def _read_by_all_knowing(row: Row) -> str:
+    found = row["attack"]
+    return NONE if found is None else f"{_read(found)} ({_read(found['floor'])})"
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -109,7 +116,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("wall, s", lambda r: _number(r["wall_seconds"], 0)),
     ("the cloud sees", lambda r: str(r["cloud_sees"])),
     ("formal guarantee", lambda r: guarantee_words(r["guarantee"])),
-    ("attacker reads tokens / content words, %", _read),
+    ("attacker reads tokens / content words (a blind guess), %", _read_by_all_knowing),
+    (
+        "one who does not know the perturbation, %",
+        lambda r: _read((r["attack"] or {}).get("unaware")),
+    ),
 )
 
 
@@ -247,6 +258,7 @@ def as_csv(content: Row) -> str:
     writer.writeheader()
     for row in content["methods"]:
         found, read = row["guarantee"] or {}, row["attack"] or {}
+        others = {name: read.get(name) or {} for name in ("floor", "unaware")}
         writer.writerow(
             {
                 **{key: row[key] for key in _CSV if key in row},
@@ -255,6 +267,7 @@ def as_csv(content: Row) -> str:
                 "against": found.get("against") or "",
                 "attack_tokens": read.get("tokens"),
                 "attack_content": read.get("content"),
+                **{f"{n}_{k}": v.get(k) for n, v in others.items() for k in ("tokens", "content")},
                 "failed": " ".join(row["failed"]),
             }
         )
