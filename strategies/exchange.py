@@ -73,6 +73,16 @@ class Traffic:
         )
         return {"bytes": up + down, "bytes_up": up, "bytes_down": down, "messages": messages}
 
+    def since(self, earlier: Traffic, name: str) -> dict[str, int]:
+        """Say what a device's account grew by since an ``earlier`` state of this count."""
+        before = earlier.totals.get(name, {})
+        account = self.totals.get(name, {})
+        return {k: v - before.get(k, 0) for k, v in account.items() if v != before.get(k, 0)}
+
+    def copy(self) -> Traffic:
+        """Copy, so that later counts leave it as it is."""
+        return Traffic({name: dict(account) for name, account in self.totals.items()})
+
     def include(self, accounts: Mapping[str, Mapping[str, int]]) -> None:
         """Add what an earlier start of the run counted."""
         for name, account in accounts.items():

@@ -12,7 +12,7 @@ from privtune_flwr.errors import InvalidReplyError
 from privtune_flwr.protocol import ReceivedChunk, ReleaseRequest, read_release, to_message
 from privtune_flwr.training.plan import Ask
 from privtune_flwr.training.store import SmashedStore
-from strategies.exchange import failure
+from strategies.exchange import Traffic, failure
 from strategies.fleet import Fleet
 
 # metrics of which the largest counts; the others are summed over devices
@@ -45,27 +45,42 @@ class Intake:
     run_id : str
     num_labels : int
         Classes; a label outside them is a bad reply.
+    traffic : Traffic
+        The run's count. What a chunk added to it is kept with the chunk.
     """
 
     def __init__(
-        self, cloud: CloudSide, store: SmashedStore, fleet: Fleet, run_id: str, num_labels: int
+        self,
+        cloud: CloudSide,
+        store: SmashedStore,
+        fleet: Fleet,
+        run_id: str,
+        num_labels: int,
+        traffic: Traffic,
     ) -> None:
         self._cloud = cloud
         self._store = store
         self._fleet = fleet
         self._run_id = run_id
         self._num_labels = num_labels
+        self._traffic = traffic
+        self._counted = traffic.copy()
         self._asked: dict[int, Ask] = {}
+        self._found: list[Ask] = []
         #: device to what its ledger says it has spent, as of its last reply
         self.spent: dict[str, dict[str, float]] = {}
 
     def requests(self, asks: Iterable[Ask]) -> list[Message]:
         """Build messages for chunks that are not in the store yet, of devices still in the run."""
         messages: list[Message] = []
-        self._asked = {}
+        self._asked, self._found = {}, []
         for ask in asks:
+            if ask.key in self._store:
+                # a plan names a chunk once: an earlier start kept it, and died before a checkpoint
+                self._found.append(ask)
+                continue
             node = self._fleet.nodes.get(ask.device)
-            if node is None or ask.key in self._store:
+            if node is None:
                 continue
             self._asked[node] = ask
             request = self._request(ask)
@@ -83,9 +98,15 @@ class Intake:
         Returns
         -------
         dict
-            Counts, and the devices' metrics summed (or their largest, for peaks and totals).
+            Counts, chunks included that an earlier start of the run kept and did not live to
+            count, and the devices' metrics summed (or their largest, for peaks and totals).
         """
         totals: dict[str, float] = {"devices": 0, "examples_new": 0, "noise_norm_sum": 0.0}
+        for ask in self._found:
+            entry = self._store[ask.key]
+            self._traffic.add(ask.device, entry.traffic)
+            self._counted.add(ask.device, entry.traffic)
+            self._count(totals, ask, entry.metrics)
         for node, ask in self._asked.items():
             reply = replies.get(node)
             if why := failure(reply):
@@ -98,17 +119,36 @@ class Intake:
                 self._fleet.drop(ask.device, str(error))
                 continue
             labels = None if chunk.labels_B is None else chunk.labels_B.tolist()
-            self._store.append(ask.key, chunk.rows_ND, chunk.lengths_B.tolist(), labels)
-            totals["devices"] += 1
-            totals["examples_new"] += ask.examples
-            add_metrics(totals, chunk.metrics)
-            self.spent[ask.device] = {
-                name.removeprefix("spent_"): value
-                for name, value in chunk.metrics.items()
-                if name.startswith("spent_")
-            }
-        self._asked = {}
+            grown = self._traffic.since(self._counted, ask.device)
+            self._store.append(
+                ask.key,
+                chunk.rows_ND,
+                chunk.lengths_B.tolist(),
+                labels,
+                metrics=chunk.metrics,
+                traffic=grown,
+            )
+            self._counted.add(ask.device, grown)
+            self._count(totals, ask, chunk.metrics)
+        self._asked, self._found = {}, []
         return totals
+
+    def checkpointed(self) -> None:
+        """Note that a checkpoint now holds all that was counted so far."""
+        self._counted = self._traffic.copy()
+
+    def _count(self, totals: dict[str, float], ask: Ask, metrics: Mapping[str, float]) -> None:
+        totals["devices"] += 1
+        totals["examples_new"] += ask.examples
+        add_metrics(totals, metrics)
+        spent = {
+            name.removeprefix("spent_"): value
+            for name, value in metrics.items()
+            if name.startswith("spent_")
+        }
+        # a chunk of a store from before this was kept has none
+        if spent:
+            self.spent[ask.device] = spent
 
     def _read(self, reply: Message, ask: Ask) -> ReceivedChunk:
         if ask.key in self._store:

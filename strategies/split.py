@@ -168,7 +168,12 @@ class SplitTuning(Strategy):
         self._restore()
         self.summary()
         self._intake = Intake(
-            self.cloud, self.store, self.fleet, self.folder.run_id, len(self.model.spec.labels)
+            self.cloud,
+            self.store,
+            self.fleet,
+            self.folder.run_id,
+            len(self.model.spec.labels),
+            self._exchange.traffic,
         )
         self._intake.spent = self.progress.spent
         self.test_examples = self._test_examples()
@@ -341,6 +346,7 @@ class SplitTuning(Strategy):
         self.progress.refused |= self.fleet.refused
         if self._saves_after(number):
             checkpoint.save(self.folder.checkpoint, self.trainer, self.progress)
+            self._intake.checkpointed()
             self.folder.write_jsonl("rounds.jsonl", self.progress.rounds)
             self.folder.write_jsonl("steps.jsonl", self.progress.steps)
         if number:

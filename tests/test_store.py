@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -47,6 +48,23 @@ def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
     assert store.examples(("b", "eval", 2, 0))[0].label == -1
     np.testing.assert_array_equal(store.received(), np.concatenate([rows(0), rows(1), rows(7, 3)]))
     assert store.nbytes == 13 * D * 4
+
+
+def test_a_chunk_keeps_what_came_beside_its_rows(tmp_path: Path) -> None:
+    key = ("a", "train", 0, 0)
+    metrics, traffic = {"spent_eta": 0.5}, {"up": 900, "down": 30, "messages": 1}
+    open_store(tmp_path).append(key, rows(0), [5], None, metrics=metrics, traffic=traffic)
+    entry = open_store(tmp_path)[key]
+    assert (entry.metrics, entry.traffic) == (metrics, traffic)
+
+
+def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    fill(open_store(tmp_path), 0)
+    index = tmp_path / "index.jsonl"
+    entry = json.loads(index.read_text())
+    del entry["metrics"], entry["traffic"]
+    index.write_text(json.dumps(entry) + "\n")
+    assert open_store(tmp_path)[("a", "train", 0, 0)].traffic == {}
 
 
 def test_a_chunk_comes_in_once(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ Key = tuple[str, str, int, int]
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """Index entry of one chunk: who sent it, where its rows lie, its lengths and labels."""
+    """Index entry of one chunk: who sent it, where its rows lie, its lengths and labels.
+
+    ``metrics`` and ``traffic`` are what the device said beside the rows and what it took to get
+    them: a run that is killed before its next checkpoint counts the chunk from here.
+    """
 
     device: str
     split: str
@@ -34,6 +38,8 @@ class StoredChunk:
     offset: int
     lengths: list[int]
     labels: list[int] | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    traffic: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -114,6 +120,9 @@ class SmashedStore:
     def __contains__(self, key: Key) -> bool:
         return key in self._chunks
 
+    def __getitem__(self, key: Key) -> StoredChunk:
+        return self._chunks[key]
+
     def __iter__(self) -> Iterator[StoredChunk]:
         return iter(self._chunks.values())
 
@@ -128,8 +137,22 @@ class SmashedStore:
         rows_ND: npt.NDArray[np.float32],
         lengths: Sequence[int],
         labels: Sequence[int] | None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        traffic: Mapping[str, int] | None = None,
     ) -> None:
         """Keep one chunk; it is committed when this returns.
+
+        Parameters
+        ----------
+        key : tuple
+            Device, split, epoch and number of the chunk.
+        rows_ND : array (N, D)
+        lengths : sequence of int
+            Tokens of each sentence; their sum is N.
+        labels : sequence of int, optional
+        metrics, traffic : Mapping, optional
+            Kept in the index entry, see :class:`StoredChunk`.
 
         Raises
         ------
@@ -153,6 +176,8 @@ class SmashedStore:
             self._rows,
             [int(n) for n in lengths],
             None if labels is None else [int(v) for v in labels],
+            dict(metrics or {}),
+            dict(traffic or {}),
         )
         with (self.folder / "index.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(entry), separators=(",", ":")) + "\n")
