@@ -147,10 +147,14 @@ def test_packaged_comparisons_are_as_the_study_needs_them(tmp_path: Path) -> Non
     skewed = {"oneclass": "column", "dirichlet": "dirichlet", "sizes": "size"}
     splits |= {f"comparison-{name}": kind for name, kind in skewed.items()}
     assert {n: s.run_config().data.partitioner for n, s in found.items()} == splits
+    # all text in one place has no replies to lose and waits for nobody
+    faulty = {"comparison-dropout", "comparison-slow"}
     for name in found:
         plan = command.plan_of(name, command.CompareOptions(runs=tmp_path))
-        assert "central" in {m.name for m in plan.methods}
-        assert len(plan.grid) > 1
+        methods = {m.name for m in plan.methods}
+        assert methods >= {"ours", "split-clear", "fedavg-lora"}
+        assert ("central" in methods) == (name not in faulty)
+        assert len(plan.grid) == (1 if name == "comparison-slow" else 3)
     main_study = found["comparison"].compare
     assert set(main_study.methods) == set(METHODS)
     several = set(main_study.methods) - set(main_study.single_seed)
@@ -162,7 +166,6 @@ def test_packaged_comparisons_are_as_the_study_needs_them(tmp_path: Path) -> Non
         if name == "comparison-dropout":
             train = train.model_copy(update={"retries": 5})
         assert found[name].run_config().train == train
-        assert found[name].compare.grid == main_study.grid
     assert found["comparison-oneclass"].run_config().data.partition_column == "label"
     assert found["comparison-dirichlet"].run_config().data.dirichlet_alpha == pytest.approx(0.1)
     assert found["comparison-hundred"].federation.num_supernodes == 100
