@@ -55,6 +55,11 @@ def megabytes(value: float | None) -> str:
     return f"{size:.3f}" if size < 0.1 else f"{size:.2f}" if size < 10 else f"{size:.0f}"
 
 
+def seconds_words(value: float) -> str:
+    """Write seconds with two digits that matter, whole ones from ten on."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def _accuracy(row: Row) -> str:
     if row["accuracy"] is None:
         return "failed" if row["failed"] else "to do"
@@ -140,7 +145,7 @@ def axis_title(axis: Row) -> str:
     amount = {
         "epochs": f"at {axis['budget']:g} epochs",
         "bytes": f"at {megabytes(axis['budget'])} MB a device",
-        "seconds": f"at {axis['budget']:.0f} s of a device",
+        "seconds": f"at {seconds_words(axis['budget'])} s of a device",
     }[axis["axis"]]
     return amount + (f" (all of {axis['of']})" if axis["of"] and axis["axis"] != "epochs" else "")
 
