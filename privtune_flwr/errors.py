@@ -5,6 +5,8 @@ from __future__ import annotations
 # How the server app announces its end in the log; Flower's exit code says nothing of the cause.
 CANNOT_START = "the run cannot start: "
 ENDED = "the run ended: "
+# How a run's end begins that the machine brought about: the same again, resumed, may well work.
+PROCESS_DIED = "a process of the simulation died"
 
 
 class PrivTuneError(Exception):

@@ -15,6 +15,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from privtune_flwr.config import RunConfig
+from privtune_flwr.errors import PROCESS_DIED, RunError
+from privtune_flwr.privacy.mods import in_simulation
 from privtune_flwr.protocol import to_message, wire_bytes
 from strategies.faults import ReplyLoss
 
@@ -24,6 +26,8 @@ POLL_SECONDS = 0.1
 TRAINING, PROVISIONING, EVALUATION = "train", "provision", "evaluate"
 # our device's own codes start here; below are Flower's, which speak of transport and crashes
 _OWN_CODES = 100
+# Flower's code for what is neither the client app's error nor a missing message
+_UNKNOWN = 0
 
 
 class Traffic:
@@ -173,10 +177,16 @@ class Exchange:
         -------
         dict
             Node id to its reply; None where none came in time, however often it was asked.
+
+        Raises
+        ------
+        RunError
+            If a process of a simulation died.
         """
         start = time.monotonic()
         asked = list(self._outstanding)
         replies = self._pull()
+        _check_alive(replies)
         for _ in range(self._retries):
             missing = [node for node in asked if _lost_on_the_way(replies.get(node))]
             if not missing:
@@ -184,6 +194,7 @@ class Exchange:
             logger.warning("%d messages found no answer and are sent once more", len(missing))
             self._send([_copy(self._outstanding[node]) for node in missing])
             replies |= self._pull()
+            _check_alive(replies)
         self._outstanding = {}
         self.seconds_waited += time.monotonic() - start
         return {node: replies.get(node) for node in asked}
@@ -228,6 +239,22 @@ def open_exchange(grid: Grid, config: RunConfig, timeout: float = 0.0) -> Exchan
         retries=config.train.retries,
         loss=ReplyLoss.of(config),
     )
+
+
+def _check_alive(replies: Mapping[int, Message]) -> None:
+    """End a simulation in which a Ray actor died.
+
+    Flower gives a dead actor back to its pool, where it is the first to get every further message
+    and fails each at once: the run would go on with the few devices that the others answer for.
+    """
+    if not in_simulation():
+        return
+    dead = [r for r in replies.values() if r.has_error() and r.error.code == _UNKNOWN]
+    if dead:
+        raise RunError(
+            f"{PROCESS_DIED} (out of memory?): {len(dead)} devices could not answer; the run can "
+            f"be resumed. Flower says: {(failure(dead[0]) or '').splitlines()[0]}"
+        )
 
 
 def _lost_on_the_way(reply: Message | None) -> bool:

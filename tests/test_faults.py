@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from device_kit import message_to
 from federated_kit import FederatedWire, Place, ask_fit, flat, model_of
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from learned_kit import run_folder
@@ -19,12 +19,13 @@ from scipy import stats
 from privtune_flwr import client_app
 from privtune_flwr.cloud import prepare_cloud
 from privtune_flwr.config import ConfigError, RunConfig
+from privtune_flwr.errors import RunError
 from privtune_flwr.federated.settings import FitSettings
 from privtune_flwr.protocol import METRICS, to_message
 from privtune_flwr.protocol.requests import REQUEST
 from privtune_flwr.scenario import load_scenario
 from privtune_flwr.simulation_config import SimulationSection
-from strategies.exchange import EVALUATION, PROVISIONING, Exchange, Traffic
+from strategies.exchange import EVALUATION, PROVISIONING, Exchange, Traffic, failure
 from strategies.faults import ReplyLoss
 from strategies.split import SplitTuning
 
@@ -87,8 +88,9 @@ def test_a_real_network_loses_nothing_of_its_own_accord(place: Place) -> None:
 class Failing:
     """A grid on which the first answers to each node are Flower's own errors, or none."""
 
-    def __init__(self, failures: int) -> None:
+    def __init__(self, failures: int, error: Error | None = None) -> None:
         self.failures = failures
+        self.error = error
         self.pushed: list[int] = []
         self._ids = itertools.count()
         self._waiting: dict[str, Message] = {}
@@ -100,6 +102,8 @@ class Failing:
             self.pushed.append(node)
             given.append(str(next(self._ids)))
             reply = message_to(RecordDict({METRICS: MetricRecord({"x": 1})}), "train.fit")
+            if self.error is not None:
+                reply = Message(self.error, reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = node
             reply.metadata.__dict__["_reply_to_message_id"] = given[-1]
             if self.pushed.count(node) > self.failures:
@@ -129,6 +133,25 @@ def test_what_found_no_answer_is_sent_again(
     assert (account["messages"], account["down"]) == (messages, messages * one)
     assert (account["up"] > 0) == answered
     assert grid.pushed == [7] * messages
+
+
+@pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.parametrize("simulation", [True, False])
+def test_a_dead_process_ends_a_simulation_and_nothing_else_does(
+    place: Place, monkeypatch: pytest.MonkeyPatch, code: int, simulation: bool
+) -> None:
+    monkeypatch.setattr("strategies.exchange.in_simulation", lambda: simulation)
+    grid = Failing(0, error=Error(code=code, reason="ActorDiedError:<'gone'>\nmore"))
+    exchange = Exchange(cast("Grid", grid), timeout=0.02, traffic=Traffic({}), retries=1)
+    message = to_message(RecordDict({REQUEST: ConfigRecord({"round": 1})}), 7, "train.fit")
+    if simulation and code == 0:
+        with pytest.raises(RunError, match=r"died.*1 devices.*resumed.*ActorDiedError:<'gone'>$"):
+            exchange.ask([message])
+        assert grid.pushed == [7]  # asking a dead process again helps nobody
+    else:
+        (reply,) = exchange.ask([message]).values()
+        assert (failure(reply) or "").startswith("ActorDiedError")
+        assert grid.pushed == [7, 7]
 
 
 def test_lost_replies_count_as_sent_and_not_received(place: Place, simulated: None) -> None:
