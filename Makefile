@@ -36,9 +36,8 @@ bench: setup
 frontier: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m simulations.frontier
 
-# Split tuning beside federated baselines and bounds on the same text (hours; resumable, and a second
-# process of the same command shares the work): simulations/results/comparison.json and .csv, .md;
-# docs/comparison-*.svg. --plan lists the runs.
+# Split tuning beside federated baselines and bounds on the same text (hours; resumable):
+# simulations/results/comparison.json and .csv, .md; docs/comparison-*.svg. --plan lists the runs.
 compare: setup
-	OMP_NUM_THREADS=1 $(BIN)/privtune compare comparison --audit quick --prune \
+	OMP_NUM_THREADS=1 $(BIN)/privtune compare comparison --audit quick --prune --jobs 2 \
 		--out simulations/results/comparison.json --figures docs

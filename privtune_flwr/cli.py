@@ -259,6 +259,7 @@ def compare(
         bool, typer.Option("--prune/--keep", help="Delete what only an audit needs.")
     ] = False,
     audit: Annotated[SideAudit, typer.Option(help="Attack the table's runs as well.")] = "no",
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the runs.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and their sizes.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Show what is finished.")] = False,
 ) -> None:
@@ -277,6 +278,7 @@ def compare(
             only=only,
             prune=prune,
             audit=audit,
+            jobs=jobs,
         )
         if plan:
             command.show_plan(command.plan_of(scenario, options), console, only)

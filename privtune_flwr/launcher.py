@@ -259,7 +259,7 @@ def local_superlink(*, simulation: bool = True) -> Iterator[SuperLink]:
             cwd=Path.cwd(),
         )
     try:
-        with _termination_unwinds():
+        with termination_unwinds():
             _wait_until_healthy(process, port, log)
             yield SuperLink(home, f"127.0.0.1:{port}", process.pid, environment)
     finally:
@@ -268,7 +268,7 @@ def local_superlink(*, simulation: bool = True) -> Iterator[SuperLink]:
 
 
 @contextmanager
-def _termination_unwinds() -> Iterator[None]:
+def termination_unwinds() -> Iterator[None]:
     """Let SIGTERM leave by way of every ``finally``, as an interrupt from the keyboard does."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 from compare_kit import Recorded, plan_from, recorded, write_scenario
+from filelock import FileLock
 from rich.console import Console
 from typer.testing import CliRunner
 
 from privtune_flwr.cli import main
 from privtune_flwr.compare import command
-from privtune_flwr.compare.outcome import failure_file, find_outcome
+from privtune_flwr.compare.outcome import failure_file, find_outcome, record_failure
 from privtune_flwr.compare.runner import gather, known_runs, run_all
 from privtune_flwr.compare.summary import DEFINITIONS, summarise
 from privtune_flwr.compare.table import as_csv, markdown, short_markdown
 from privtune_flwr.config import ConfigError
+from privtune_flwr.errors import PROCESS_DIED, RunError
 
 INVERSION = {
     "attack": "span",
@@ -124,6 +126,70 @@ def test_an_interrupted_run_goes_on_and_a_failed_one_is_tried_again(tmp_path: Pa
     # inside the folder that the first try left
     assert second.asked == second.resumed == ["ours-x1-seed0"]
     assert not failure_file(plan, ours.run).exists()
+
+
+@pytest.mark.parametrize(("deaths", "asked"), [(2, 3), (9, 3)])
+def test_a_run_whose_machine_failed_it_is_resumed_at_once(
+    deaths: int, asked: int, tmp_path: Path
+) -> None:
+    plan = plan_from(tmp_path, 'methods = ["ours"]\n')
+
+    def mortal(name: str, results: dict[str, Any]) -> None:
+        if len(execute.asked) <= deaths:
+            raise RunError(f"{PROCESS_DIED} (out of memory?): 3 devices could not answer")
+
+    execute = Recorded(mortal)
+    assert run(plan, execute) == (["ours-x1-seed0"] if deaths >= asked else [])
+    assert execute.asked == ["ours-x1-seed0"] * asked
+    assert execute.resumed == ["ours-x1-seed0"] * (asked - 1)
+
+
+def test_what_another_process_works_on_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("privtune_flwr.compare.runner._POLL_SECONDS", 0.0)
+    plan = plan_from(tmp_path, TWO + "seeds = [0, 1]\n")
+    plan.runs.mkdir()
+    theirs = FileLock(plan.runs / "ours-x1-seed0.lock")
+    theirs.acquire()
+    mine, looks = Recorded(), 0
+
+    def others() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 3:  # the other one finishes its run, and is gone
+            (first,) = plan.grid_runs(plan.methods[0])
+            Recorded()(plan.config(first), lambda lines: None)
+            theirs.release()
+        return looks < 3
+
+    assert run(plan, mine, others=others) == []
+    # what its run made known is taken here, its run itself is not
+    assert mine.asked == ["fedavg-lora-x1-seed0", "fedavg-lora-x1-seed1", "ours-x1-seed1"]
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_what_another_process_left_is_taken_over_unless_it_failed(
+    failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("privtune_flwr.compare.runner._POLL_SECONDS", 0.0)
+    plan = plan_from(tmp_path, 'methods = ["ours"]\n')
+    plan.runs.mkdir()
+    theirs = FileLock(plan.runs / "ours-x1-seed0.lock")
+    theirs.acquire()
+    mine, looks = Recorded(), 0
+
+    def others() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            if failed:
+                record_failure(plan, plan.grid_runs(plan.methods[0])[0], "no device came")
+            theirs.release()
+        return looks < 2
+
+    run(plan, mine, others=others)
+    assert mine.asked == ([] if failed else ["ours-x1-seed0"])
 
 
 def test_a_failed_grid_point_leaves_the_choice_to_the_others(tmp_path: Path) -> None:
@@ -235,6 +301,37 @@ def test_a_page_names_what_is_not_finished_instead_of_showing_an_empty_row(
     assert "Not finished, and not in the table: local." in text
     assert "| local |" not in text.split("Every method")[0]
     assert "| ours |" in text
+
+
+def test_the_page_says_how_long_it_took_and_which_runs_lack_devices(
+    finished: tuple[Any, dict[str, Any]],
+) -> None:
+    content = finished[1]
+    seconds = [recorded(n)["seconds"]["total"] for n in ("split", "fedavg-lora")]
+    # of ours and central three grid points and two seeds, the first recorded as a split run
+    runs = {n: sum(r["name"].startswith(n) for r in content["runs"]) for n in ("ours", "")}
+    total = runs["ours"] * seconds[0] + (runs[""] - runs["ours"]) * seconds[1]
+    text = markdown(content)
+    assert f"{runs['']} federations" in text
+    assert f"took {total / 60:.0f} minutes in all" in text
+    assert "refused or were lost" not in text
+    runs_then = [{**r, "left_out": 2 * r["name"].startswith("ours-x3")} for r in content["runs"]]
+    text = short_markdown({**content, "runs": runs_then})
+    named = ", ".join(f"ours-x3-seed{n} (2)" for n in range(3))
+    assert f"Devices that refused or were lost: {named}." in text
+
+
+def test_devices_that_did_not_take_part_are_counted(tmp_path: Path) -> None:
+    plan = plan_from(tmp_path, TWO)
+
+    def lost(name: str, results: dict[str, Any]) -> None:
+        if name.startswith("fedavg"):
+            results["devices"]["quarantined"] = {"device-00001": "no reply in time"}
+            results["devices"]["refused"] = {"device-00002": "refused: fit-rounds"}
+
+    run(plan, Recorded(lost))
+    counted = {r["name"]: r["left_out"] for r in summarise(plan, "")["runs"]}
+    assert counted == {"ours-x1-seed0": 0, "fedavg-lora-x1-seed0": 2}
 
 
 def test_outputs_are_written_whole_and_figures_drawn(

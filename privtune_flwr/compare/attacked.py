@@ -17,7 +17,12 @@ from privtune_flwr.compare.runner import gather
 
 
 def attack_table(
-    plan: Plan, options: AuditOptions, *, after: Callable[[], None], console: Console
+    plan: Plan,
+    options: AuditOptions,
+    *,
+    after: Callable[[], None],
+    console: Console,
+    tried: set[str] | None = None,
 ) -> None:
     """Attack the first of the table's runs of every method, once.
 
@@ -31,10 +36,16 @@ def attack_table(
     after : callable
         Called after each: writes the outputs.
     console : Console
+    tried : set of str, optional
+        Names of runs not to attack; those that are attacked here are added.
     """
+    tried = set() if tried is None else tried
     for folder in unattacked(plan):
+        if folder.name in tried:
+            continue
         try:
             with FileLock(plan.runs / f"{folder.name}.audit.lock", timeout=0):
+                tried.add(folder.name)
                 _attack(folder, options, console)
         except Timeout:
             continue  # another process of the same command is at it

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from privtune_flwr.audit.options import AuditOptions, SideAudit
 from privtune_flwr.compare.axis import Axis, equal
 from privtune_flwr.compare.figures import draw_figures
+from privtune_flwr.compare.jobs import Jobs
 from privtune_flwr.compare.outcome import Outcome, prune
 from privtune_flwr.compare.plan import Plan, make_plan
 from privtune_flwr.compare.runner import Execute, Flower, gather, known_runs, run_all, total_runs
@@ -49,6 +51,8 @@ class CompareOptions:
         Whether finished runs that no audit needs lose checkpoint, store and model.
     audit : {"no", "quick", "full"}
         Whether the table's runs are attacked as well, and how thoroughly.
+    jobs : int
+        Processes that share the runs, this one counted in.
     """
 
     methods: Sequence[str] = ()
@@ -61,6 +65,7 @@ class CompareOptions:
     only: str = "*"
     prune: bool = False
     audit: SideAudit = "no"
+    jobs: int = 1
 
 
 def plan_of(scenario: str, options: CompareOptions) -> Plan:
@@ -110,20 +115,40 @@ def compare(
         if options.prune:
             prune_finished(plan)
 
-    failed: list[str] = []
-    if not table_only:
-        with Flower(plan) as flower:
-            failed = run_all(
-                plan, execute=execute or flower, after=after, only=options.only, console=console
-            )
+    attacked: set[str] = set()
+
+    def attack() -> None:
         if options.audit != "no":
             # the attackers' models and learners are loaded only if wanted
             from privtune_flwr.compare.attacked import attack_table
 
-            attack_table(plan, AuditOptions(options.audit), after=after, console=console)
+            chosen = AuditOptions(options.audit)
+            attack_table(plan, chosen, after=after, console=console, tried=attacked)
+
+    failed: list[str] = []
+    if not table_only:
+        with Flower(plan) as flower, Jobs(scenario, options, plan.runs) as jobs:
+            share = partial(
+                run_all,
+                plan,
+                execute=execute or flower,
+                after=after,
+                only=options.only,
+                console=console,
+                tried=set(),
+            )
+            share(others=jobs.alive)
+            attack()
+            if options.jobs > 1:
+                jobs.join()
+                # what another process left undone, should it have died
+                share()
+                attack()
+        known = known_runs(plan)
+        failed = [o.run.name for o in known if o.state == "failed"]
     content = write_outputs(plan, options, command)
     show(content, options, console)
-    return failed
+    return [name for name in failed if fnmatch(name, options.only)]
 
 
 def write_outputs(plan: Plan, options: CompareOptions, command: str) -> dict[str, Any]:

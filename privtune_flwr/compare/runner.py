@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -24,9 +25,12 @@ from privtune_flwr.compare.outcome import (
 )
 from privtune_flwr.compare.plan import Plan, PlannedRun
 from privtune_flwr.config import RunConfig
+from privtune_flwr.errors import PROCESS_DIED
 from privtune_flwr.launcher import SuperLink, app_folder, federate, local_superlink
 
 _ROUND = re.compile(r"round (\d+)/(\d+)")
+_POLL_SECONDS = 2.0
+_ATTEMPTS = 3
 #: Runs one federation to its end, handing its log on; raises if it fails.
 Execute = Callable[[RunConfig, Callable[[Iterable[str]], None]], None]
 
@@ -103,6 +107,8 @@ def run_all(
     after: Callable[[], None],
     only: str = "*",
     console: Console | None = None,
+    others: Callable[[], bool] = lambda: False,
+    tried: set[str] | None = None,
 ) -> list[str]:
     """Run what is not finished, an interrupted run from its checkpoint, a failed one once more.
 
@@ -119,6 +125,11 @@ def run_all(
     only : str
         Pattern of run names.
     console : Console, optional
+    others : callable
+        Whether processes that this one should wait for are at work: what they finish may make
+        further runs known, and what one of them leaves half done is taken over.
+    tried : set of str, optional
+        Runs not to start (again); those that are started here are added.
 
     Returns
     -------
@@ -126,38 +137,95 @@ def run_all(
         Names of the runs that failed; the others went on.
     """
     plan.runs.mkdir(parents=True, exist_ok=True)
-    tried: set[str] = set()
-    failed: list[str] = []
+    tried = set() if tried is None else tried
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console or Console()) as progress:
-        total = progress.add_task("comparison", total=total_runs(plan, only))
-        rounds = progress.add_task("rounds", total=None)
-        while (run := next_run(plan, tried, only)) is not None:
-            tried.add(run.name)
-            done = sum(o.state == "finished" for o in known_runs(plan) if fnmatch(o.run.name, only))
-            progress.update(total, total=total_runs(plan, only), completed=done)
-            progress.reset(rounds, description=run.name, total=None)
-            log = plan.runs / f"{run.name}.log"
+        share = _Share(plan, execute, after, only, progress, tried)
+        while True:
+            waiting = others()
+            busy = share.run_free()
+            if not (waiting and busy):
+                break
+            time.sleep(_POLL_SECONDS)
+        share.show()
+    return share.failed
 
-            def follow(lines: Iterable[str], log: Path = log) -> None:
-                for found in _followed(lines, log):
-                    progress.update(rounds, completed=found[0], total=found[1])
 
-            try:
-                with FileLock(plan.runs / f"{run.name}.lock", timeout=0):
-                    # another process may have finished it in the meantime
-                    if find_outcome(plan, run).state != "finished":
-                        execute(plan.config(run), follow)
-                        failure_file(plan, run).unlink(missing_ok=True)
-            except Timeout:
+class _Share:
+    """What one process runs of a comparison."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        execute: Execute,
+        after: Callable[[], None],
+        only: str,
+        progress: Progress,
+        tried: set[str],
+    ) -> None:
+        self.failed: list[str] = []
+        self._plan, self._execute, self._after, self._only = plan, execute, after, only
+        self._tried = tried
+        self._seen_busy: set[str] = set()
+        self._progress = progress
+        self._total = progress.add_task("comparison", total=None)
+        self._rounds = progress.add_task("rounds", total=None)
+
+    def run_free(self) -> set[str]:
+        """Run all that no other process works on; give the names of those that one does."""
+        busy: set[str] = set()
+        while (run := next_run(self._plan, self._tried | busy, self._only)) is not None:
+            self.show()
+            if run.name in self._seen_busy and find_outcome(self._plan, run).state == "failed":
+                self._tried.add(run.name)  # the other process has just tried it
                 continue
+            try:
+                with FileLock(self._plan.runs / f"{run.name}.lock", timeout=0):
+                    self._tried.add(run.name)
+                    # another process may have finished it in the meantime
+                    if find_outcome(self._plan, run).state != "finished":
+                        self._run(run)
+            except Timeout:
+                busy.add(run.name)
+        self._seen_busy |= busy
+        return busy
+
+    def show(self) -> None:
+        """Bring the bar up to date with what all processes have finished."""
+        done = sum(
+            o.state == "finished" for o in known_runs(self._plan) if fnmatch(o.run.name, self._only)
+        )
+        total = total_runs(self._plan, self._only)
+        self._progress.update(self._total, total=total, completed=done)
+
+    def _run(self, run: PlannedRun) -> None:
+        log = self._plan.runs / f"{run.name}.log"
+        self._progress.reset(self._rounds, description=run.name, total=None)
+
+        def follow(lines: Iterable[str]) -> None:
+            for number, rounds in _followed(lines, log):
+                self._progress.update(self._rounds, completed=number, total=rounds)
+
+        try:
+            self._try(run, follow)
+            failure_file(self._plan, run).unlink(missing_ok=True)
+        except Exception as error:
+            self.failed.append(run.name)
+            record_failure(self._plan, run, str(error) or type(error).__name__)
+            self._progress.console.print(f"failed: {run.name}: see {log}", highlight=False)
+        self._after()
+
+    def _try(self, run: PlannedRun, follow: Callable[[Iterable[str]], None]) -> None:
+        """Run a federation; one whose machine failed it is resumed at once, a few times."""
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                self._execute(self._plan.config(run), follow)
+                return
             except Exception as error:
-                failed.append(run.name)
-                record_failure(plan, run, str(error) or type(error).__name__)
-                progress.console.print(f"failed: {run.name}: see {log}", highlight=False)
-            after()
-        progress.update(total, completed=progress.tasks[0].total)
-    return failed
+                if not left or PROCESS_DIED not in str(error):
+                    raise
+                said = f"{run.name}: {PROCESS_DIED}; resuming"
+                self._progress.console.print(said, highlight=False)
 
 
 def _followed(lines: Iterable[str], log: Path) -> Iterator[tuple[int, int]]:

@@ -192,5 +192,12 @@ def _run(outcome: Outcome) -> dict[str, Any]:
         "name": outcome.run.name,
         "state": outcome.state,
         "seconds": outcome.seconds,
+        **({"left_out": _left_out(outcome.results)} if outcome.results else {}),
         **({"reason": outcome.reason} if outcome.state == "failed" else {}),
     }
+
+
+def _left_out(results: Mapping[str, Any]) -> int:
+    """Count the devices that refused or were quarantined: such a run is not quite the others'."""
+    devices = results["devices"]
+    return len({**devices["quarantined"], **devices["refused"]})

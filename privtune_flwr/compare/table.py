@@ -95,6 +95,23 @@ def edge_words(content: Row) -> str:
     return f"At an end of the grid, so that a rate beyond it may do better: {', '.join(named)}.\n"
 
 
+def cost_words(content: Row) -> str:
+    """Say how long all finished runs took, one after the other."""
+    took = [run["seconds"] for run in content["runs"] if run.get("seconds") is not None]
+    if not took:
+        return ""
+    return (
+        f"{len(took)} federations, the grids' included, took {sum(took) / 60:.0f} minutes in all; "
+        "--jobs shares them out.\n"
+    )
+
+
+def left_out_words(content: Row) -> str:
+    """Name the runs that went on without some of their devices."""
+    named = [f"{run['name']} ({run['left_out']})" for run in content["runs"] if run.get("left_out")]
+    return f"Devices that refused or were lost: {', '.join(named)}.\n" if named else ""
+
+
 def _read(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return NONE
@@ -217,6 +234,8 @@ def markdown(content: Row) -> str:
         main_table(content["methods"]),
         content["tuning"]["statement"] + "\n",
         edge_words(content),
+        cost_words(content),
+        left_out_words(content),
     ]
     if content["axes"]:
         parts += ["## At equal epochs, bytes and device seconds\n", axes_table(content)]
@@ -250,6 +269,8 @@ def short_markdown(content: Row) -> str:
         f"Not finished, and not in the table: {', '.join(lacking)}.\n" if lacking else "",
         content["tuning"]["statement"] + "\n",
         edge_words(content),
+        cost_words(content),
+        left_out_words(content),
         axes_table(content),
         projection_table(content),
     ]

@@ -38,7 +38,8 @@ def test_two_methods_end_in_one_table(tmp_path: Path) -> None:
     scenario = tmp_path / "tiny.toml"
     scenario.write_text(SCENARIO)
     runs = tmp_path / "runs"
-    result = CliRunner().invoke(main, ["compare", str(scenario), "--runs", str(runs), "--prune"])
+    options = ["--runs", str(runs), "--prune", "--jobs", "2"]
+    result = CliRunner().invoke(main, ["compare", str(scenario), *options])
     logs = "".join(path.read_text()[-3000:] for path in runs.glob("*.log"))
     assert result.exit_code == 0, result.output + logs
     content = json.loads((runs / "comparison.json").read_text())
@@ -60,6 +61,8 @@ def test_two_methods_end_in_one_table(tmp_path: Path) -> None:
     # a whole model weighs more than its lower part
     assert federated["model_bytes"] > split["model_bytes"]
     assert (runs / "comparison-bytes.svg").exists()
+    # each method was run by a process of its own
+    assert (runs / "job-2.log").exists()
     # the same command again finds all done, and starts nothing
     before = {p: p.stat().st_mtime_ns for p in runs.glob("*.log")}
     again = CliRunner().invoke(main, ["compare", str(scenario), "--runs", str(runs)])
