@@ -1,6 +1,7 @@
-"""Puts stored results into the README: ``python -m simulations.readme``.
+"""Puts stored results into the pages that show them: ``python -m simulations.readme``.
 
-No figure in a table of the README is typed by hand; a test renders it again and compares.
+No figure in a table of the README or of ``docs/results.md`` is typed by hand; a test renders both
+again and compares.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from privtune_flwr.compare.table import short_markdown
+from privtune_flwr.compare.table import costs_markdown, short_markdown
 from simulations.audit_tables import attribute_table, family_table, recovery_table
 from simulations.comparison_tables import CONDITIONS, conditions_table
 from simulations.frontier.tables import TABLES as FRONTIER
 from simulations.headline import table
 from simulations.study import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def transport() -> str:
     lines += [
         "",
         f"Accuracy over seeds 0 to {len(alone) - 1}: one process {statistics.fmean(alone):.4f}, "
-        f"the federation with `none` (first table) {statistics.fmean(once):.4f}.",
+        f"the federation with `none` (the README's last table) {statistics.fmean(once):.4f}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -123,6 +124,11 @@ def comparison() -> str:
     return short_markdown(_load("comparison.json"))
 
 
+def comparison_costs() -> str:
+    """Give all columns of the comparison, what is reached at equal budgets, and the projection."""
+    return costs_markdown(_load("comparison.json"))
+
+
 def conditions() -> str:
     """Give accuracy under each condition that the comparison was stored for."""
     stored = [name for name in CONDITIONS if (RESULTS / f"{name}.json").exists()]
@@ -161,21 +167,47 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attributes": attributes,
     "device-cost": device_cost,
     "comparison": comparison,
+    "comparison-costs": comparison_costs,
     "conditions": conditions,
     "inversion": inversion,
     **{name: _of_frontier(make) for name, make in FRONTIER.items()},
 }
+#: Page to its tables, in order.
+PAGES: dict[str, tuple[str, ...]] = {
+    "README.md": ("comparison", "conditions", "headline"),
+    "docs/results.md": (
+        *FRONTIER,
+        "device-cost",
+        "audited",
+        "families",
+        "attributes",
+        "transport",
+        "scale",
+        "comparison-costs",
+        "inversion",
+    ),
+}
 
 
-def render(text: str) -> str:
-    """Replace what stands between ``<!-- name -->`` and its closing mark by stored results."""
-    for name, make in _TABLES.items():
+def render(text: str, page: str) -> str:
+    """Replace what stands between ``<!-- name -->`` and its closing mark by stored results.
+
+    Raises
+    ------
+    ValueError
+        If the page's marks are not those of :data:`PAGES`.
+    """
+    marks = set(re.findall(r"<!-- ([a-z-]+) -->", text))
+    if marks != set(PAGES[page]):
+        raise ValueError(f"{page}: has places for {sorted(marks)}, not {sorted(PAGES[page])}")
+    for name in PAGES[page]:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"README has no place for {name}")
-        text = pattern.sub(lambda found, make=make: found[1] + make() + found[2], text)  # type: ignore[misc]
+        made = _TABLES[name]()
+        text = pattern.sub(lambda found, made=made: found[1] + made + found[2], text)  # type: ignore[misc]
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(render(path.read_text(encoding="utf-8"), page), encoding="utf-8")

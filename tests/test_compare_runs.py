@@ -19,7 +19,13 @@ from privtune_flwr.compare import command
 from privtune_flwr.compare.outcome import failure_file, find_outcome, record_failure
 from privtune_flwr.compare.runner import gather, known_runs, run_all
 from privtune_flwr.compare.summary import DEFINITIONS, summarise
-from privtune_flwr.compare.table import as_csv, markdown, short_markdown
+from privtune_flwr.compare.table import (
+    as_csv,
+    costs_markdown,
+    guarantee_words,
+    markdown,
+    short_markdown,
+)
 from privtune_flwr.config import ConfigError
 from privtune_flwr.errors import PROCESS_DIED, RunError
 
@@ -281,8 +287,17 @@ def test_the_tables_say_how_rates_were_chosen_and_what_is_projected(
     assert "At an end of the grid" in text
     assert "ours (x 3)" in text
     assert "**80.0**" in text  # the chosen point's accuracy on the devices
-    for line in short_markdown(content).splitlines():
+    short, costs = short_markdown(content), costs_markdown(content)
+    for line in (short + costs).splitlines():
         assert not line.startswith("#")
+    # the page that people read first says what is promised, and apart from it against whom
+    ours = next(r for r in content["methods"] if r["method"] == "ours")["guarantee"]
+    assert f"| {guarantee_words({**ours, 'against': None})} |" in short
+    assert f"(against {ours['against']})" not in short
+    assert f"Promised against whom: ours: {ours['against']}." in short
+    assert "one 5x slower" in costs
+    assert "one 5x slower" not in short
+    assert costs.count("| ours |") == 3  # all columns, equal budgets, the projection
     rows = list(csv.DictReader(io.StringIO(as_csv(content))))
     assert [r["method"] for r in rows] == ["ours", "fedavg-lora", "central", "local"]
     assert float(rows[0]["accuracy"]) == pytest.approx(0.71)

@@ -8,9 +8,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from simulations.readme import README, render
+import pytest
 
-ROOT = Path(__file__).parent.parent
+from simulations.readme import PAGES, ROOT, render
 
 
 def test_the_installed_package_runs_elsewhere(tmp_path: Path) -> None:
@@ -54,6 +54,13 @@ def test_the_installed_package_runs_elsewhere(tmp_path: Path) -> None:
     assert "privtune = privtune_flwr.cli:main" in entry_points.read_text()
 
 
-def test_the_readme_shows_the_stored_results() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert render(text) == text
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_show_the_stored_results(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert render(text, page) == text
+
+
+def test_a_page_without_a_tables_place_is_refused() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="headline"):
+        render(text.replace("<!-- headline -->", ""), "README.md")

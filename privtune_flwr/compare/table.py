@@ -157,6 +157,42 @@ def main_table(rows: Sequence[Row]) -> str:
     return _markdown([name for name, _ in _COLUMNS], lines)
 
 
+#: What a README has room for; the rest stands in the comparison's own page.
+_SHORT: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("method", lambda r: str(r["method"])),
+    ("seeds", lambda r: str(len(r["seeds"]))),
+    ("accuracy, %", _accuracy),
+    ("MB up / down", lambda r: f"{megabytes(r['bytes_up'])} / {megabytes(r['bytes_down'])}"),
+    ("device, s", lambda r: _number(r["device_seconds"])),
+    ("the cloud sees", lambda r: str(r["cloud_sees"])),
+    ("promised", lambda r: guarantee_words(r["guarantee"] and {**r["guarantee"], "against": None})),
+    ("read, %: tokens / content words (a blind guess)", _read_by_all_knowing),
+    (
+        "by one who does not know the perturbation",
+        lambda r: _read((r["attack"] or {}).get("unaware")),
+    ),
+)
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """One row a method, with what people decide by."""
+    lines = [[cell(row) for _, cell in _SHORT] for row in rows]
+    return _markdown([name for name, _ in _SHORT], lines)
+
+
+def against_words(rows: Sequence[Row]) -> str:
+    """Say against whom each promise of :func:`short_table` holds."""
+    held: dict[str, list[str]] = {}
+    for row in rows:
+        found = row["guarantee"]
+        if found is not None and bound_words(found) and found["against"] not in (None, "none"):
+            held.setdefault(found["against"], []).append(row["method"])
+    if not held:
+        return ""
+    said = "; ".join(f"{', '.join(names)}: {whom}" for whom, names in held.items())
+    return f"Promised against whom: {said}.\n"
+
+
 def axis_title(axis: Row) -> str:
     """Say at what methods are equal, as ``at 1.2 MB (all of prompt)``."""
     amount = {
@@ -262,18 +298,25 @@ def markdown(content: Row) -> str:
 
 
 def short_markdown(content: Row) -> str:
-    """Write what a README shows: the table, equal budgets, the projection, how it was tuned."""
+    """Write what a README shows: what people decide by, and how it was tuned."""
+    rows = [row for row in content["methods"] if row["accuracy"] is not None]
     lacking = [row["method"] for row in content["methods"] if row["accuracy"] is None]
     parts = [
-        main_table([row for row in content["methods"] if row["accuracy"] is not None]),
+        short_table(rows),
         f"Not finished, and not in the table: {', '.join(lacking)}.\n" if lacking else "",
+        against_words(rows),
         content["tuning"]["statement"] + "\n",
         edge_words(content),
         cost_words(content),
         left_out_words(content),
-        axes_table(content),
-        projection_table(content),
     ]
+    return "\n".join(part for part in parts if part)
+
+
+def costs_markdown(content: Row) -> str:
+    """Write what the rest of a results page shows: all columns, equal budgets, the projection."""
+    rows = [row for row in content["methods"] if row["accuracy"] is not None]
+    parts = [main_table(rows), axes_table(content), projection_table(content)]
     return "\n".join(part for part in parts if part)
 
 
