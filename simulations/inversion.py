@@ -5,7 +5,8 @@ run, then read by an honest-but-curious cloud (:mod:`privtune_flwr.audit.updates
 LoRA and soft prompts; plain SGD and AdamW; one step on 1, 4 or 16 sentences, and a device's whole
 round (160 sentences in five steps); what DP-FedAvg's clipping and DP-SGD on the device change.
 Adapters start at zero and say little before they have moved, so LoRA is attacked in the second
-round as well. So are the updates of the default bottleneck's learning phase. Rows go to
+round as well. So are the updates of the default bottleneck's learning phase, and the rows that
+SplitFed's devices send, at the settings of the comparison. Rows go to
 ``simulations/results/inversion.json``; a row that is there is kept.
 """
 
@@ -43,6 +44,7 @@ from privtune_flwr.federated.weights import WeightsMethod
 from privtune_flwr.models import load_tokenizer, resolve_model
 from privtune_flwr.privacy.learning import State
 from simulations.inversion_learning import LearningPhase
+from simulations.inversion_splitfed import compared, read_rounds
 from simulations.study import RESULTS, add_row, stored_rows
 
 DEVICES = 3
@@ -56,6 +58,11 @@ LEARNING = {
     "learning-adamw-round-later": (2, 0),
     "learning-lora-adamw-round": (1, 8),
     "learning-lora-adamw-round-later": (2, 8),
+}
+#: Which round of SplitFed, and its number.
+SPLITFED = {
+    "splitfed-lora-adamw-round": ("first", 1),
+    "splitfed-lora-adamw-round-later": ("later", 2),
 }
 _PUBLIC: list[NDArray[np.int32]] = []
 # each at the larger end of what trains, so that a gradient is not lost in float32's rounding
@@ -206,6 +213,22 @@ def measured_learning(number: int, lora_rank: int) -> dict[str, Any]:
     }
 
 
+def measured_splitfed(kind: str, number: int) -> dict[str, Any]:
+    """Attack the rows of a bottom model that moves, in the first round or the second."""
+    begun = time.process_time()
+    config, _ = compared()
+    return {
+        "tuning": "splitfed",
+        "optimizer": config.train.optimizer,
+        "batch": 0,
+        "round": number,
+        "guard": "none",
+        "learning_rate": config.train.learning_rate,
+        **_summary(read_rounds(DEVICES)[kind]),
+        "seconds": time.process_time() - begun,
+    }
+
+
 def _summary(devices: list[dict[str, Any]]) -> dict[str, Any]:
     attacks = {name: over_devices(devices, name) for name in devices[0]}
     best = best_attack(attacks)
@@ -239,6 +262,7 @@ def main(
     work: dict[str, Callable[[], dict[str, Any]]] = {
         **{setting.name: partial(measured, setting) for setting in settings()},
         **{name: partial(measured_learning, *work) for name, work in LEARNING.items()},
+        **{name: partial(measured_splitfed, *work) for name, work in SPLITFED.items()},
     }
     for name, measure in work.items():
         # read anew each time: another process may share the work

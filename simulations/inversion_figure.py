@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_TUNINGS = ("full", "lora", "learning", "prompt")
+_TUNINGS = ("full", "lora", "splitfed", "learning", "prompt")
 
 
 def draw_inversion(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -13,15 +13,16 @@ from privtune_flwr.audit.updates.base import CloudKnowledge, Reading, Update
 from privtune_flwr.audit.updates.inputs import candidate_inputs, sentence_inputs
 from privtune_flwr.audit.updates.judge import judge
 from privtune_flwr.audit.updates.rows import Rows, longest_sentence, motion_of
-from privtune_flwr.audit.updates.run import clipped, invert_run, sends_weights
+from privtune_flwr.audit.updates.run import clipped, held_by, invert_run, sends_weights
 from privtune_flwr.audit.updates.span import SpanCheck, find_span, held_tokens
+from privtune_flwr.audit.updates.steps import Rehearsal, judged
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
 from privtune_flwr.data import load_public_text, load_source, tokenise
 from privtune_flwr.errors import PrivTuneError
 from privtune_flwr.federated.methods import Work
 from privtune_flwr.federated.settings import FitSettings
 from privtune_flwr.federated.weights import WeightsMethod
-from privtune_flwr.models import load_tokenizer, resolve_model
+from privtune_flwr.models import cut_model, load_tokenizer, resolve_model
 from privtune_flwr.privacy.learned_update import norm_of
 
 SGD: dict[str, Scalar] = {
@@ -186,11 +187,51 @@ def test_judge_counts_by_hand() -> None:
     assert SpanCheck().why_not(Update(method.model.state(), {}, 1), knowledge)
 
 
+def test_rows_of_a_bottom_model_that_moves_are_read_with_the_state_that_was_sent() -> None:
+    config = load_run_config(
+        flatten(RunConfig())
+        | {
+            "train.strategy": "splitfed",
+            "train.batch-size": 8,
+            "train.epochs": 2,
+            "train.learning-rate": 3e-3,
+            "model.tuning": "lora",
+            "model.cut": 1,
+            "data.train-examples": 24,
+            "data.eval-examples": 0,
+            "data.public-text": "amazon-snippets",
+            "privacy.mechanism": "none",
+        }
+    )
+    devices = held_by(config, ["device-00000", "device-00001"], 2)
+    # batches of two sentences, as of a fleet of four: six steps a round
+    rehearsal = Rehearsal(config, devices, 4)
+    bank = rehearsal.bank()
+    frozen = cut_model(resolve_model("minilm"), cut=1, num_labels=2, seed=0).bottom
+    moved = []
+    for seen in (rehearsal.round(1), rehearsal.round(2)):
+        for device in devices:
+            sent = seen[device.name]
+            assert sorted(len(i) for i in sent.ids) == sorted(len(r) for r in sent.rows)
+            assert len(sent.ids) == len(device.holdings.train.texts) == 12
+            # the one bank serves both rounds: a bottom model moves less than words are apart
+            figures = judged(bank, sent, rehearsal.knowledge)
+            assert figures["token_recall"] > 0.97 > 2 * figures["floor"]["token_recall"]
+            assert figures["positions"] > 0.97
+            clean = frozen.encode(sent.ids)
+            moved.append([np.abs(c - r).max() for c, r in zip(clean, sent.rows, strict=True)])
+    # the first batch leaves the model as it was provisioned, all later ones one that has moved
+    for first in moved[:2]:
+        assert max(first[:2]) < 1e-4 < min(first[2:])
+    for second in moved[2:]:
+        assert min(second) > max(moved[0][2:4])
+
+
 def test_runs_that_cannot_be_attacked_are_named(tmp_path: Path) -> None:
     import json
 
     assert not sends_weights(tmp_path)
-    for strategy, sends in (("split", False), ("fedprox", True)):
+    for strategy, sends in (("split", False), ("fedprox", True), ("splitfed", True)):
         config = {"config": flatten(RunConfig()) | {"train.strategy": strategy}}
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert sends_weights(tmp_path) == sends

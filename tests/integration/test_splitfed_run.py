@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from federation_kit import Run
 from transformers import AutoModelForSequenceClassification
+
+from privtune_flwr.audit.updates.run import invert_run
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny_models import save_tiny
@@ -55,6 +58,15 @@ def test_every_step_is_a_message_and_both_halves_learn(run: Run) -> None:
     assert results["final"]["eval_examples"] == 8
     assert results["memory"]["device_peak_bytes"] > 0
     assert results["devices"] == {"used": 2, "quarantined": {}, "refused": {}}
+
+
+def test_an_audit_reads_the_rows_that_left(run: Run) -> None:
+    found = invert_run(run.folder)
+    assert found == json.loads((run.folder / "inversion.json").read_text())
+    # the tiny model knows none of the words, so how much is read is another test's
+    assert (found["attack"], found["devices"], found["examples"]) == ("retrieval", 2, [16, 16])
+    assert set(found["rounds"]) == {"first", "later"}
+    assert found["token_recall"] is None
 
 
 def test_the_joined_model_loads_without_adapters(run: Run) -> None:

@@ -28,6 +28,7 @@ from rich.text import Text
 from privtune_flwr.audit.operator import AuditError
 from privtune_flwr.audit.updates.attacks import attack_update, best_attack, over_devices
 from privtune_flwr.audit.updates.base import CloudKnowledge, Update
+from privtune_flwr.audit.updates.steps import splitfed_rounds
 from privtune_flwr.config import RunConfig, load_run_config
 from privtune_flwr.data import load_public_text, tokenise
 from privtune_flwr.device import Holdings, open_holdings, open_home, simulated_root
@@ -46,8 +47,6 @@ _NOT_MEASURED = {
     "bbt": "devices send losses of candidate prompts",
     "local": "nothing leaves a device",
     "central": "the cloud holds all text",
-    "splitfed": "devices send clean rows of a bottom model that moves; the first ones are what a "
-    "run of train.strategy = 'split' without a mechanism sends: audit that",
 }
 
 
@@ -81,7 +80,7 @@ class Device:
 
 
 def sends_weights(folder: Path) -> bool:
-    """Whether a run's devices send updates of a model that they hold whole.
+    """Whether a run's devices send weights: updates of all that they train, or of a bottom model.
 
     Raises
     ------
@@ -98,7 +97,7 @@ def sends_weights(folder: Path) -> bool:
             f"{folder.name}: nothing is measured for train.strategy = {strategy!r} (yet): "
             f"{_NOT_MEASURED[strategy]}"
         )
-    return strategy in WEIGHT_STRATEGIES
+    return strategy in (*WEIGHT_STRATEGIES, "splitfed")
 
 
 def invert_run(folder: Path, devices: int = 3) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def invert_run(folder: Path, devices: int = 3) -> dict[str, Any]:
         raise AuditError(f"{folder.name}: its devices are real ones, their text is not known here")
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = load_run_config(saved["config"])
-    found = _attack_run(config, held_by(config, names, devices))
+    found = _attack_run(config, held_by(config, names, devices), len(names))
     content = {"run": folder.name, "strategy": config.train.strategy, **found}
     write_text(folder / "inversion.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
     return content
@@ -161,7 +160,23 @@ def held_by(config: RunConfig, names: Sequence[str], devices: int) -> list[Devic
     return found
 
 
-def _attack_run(config: RunConfig, devices: Sequence[Device]) -> dict[str, Any]:
+def _attack_run(config: RunConfig, devices: Sequence[Device], fleet: int) -> dict[str, Any]:
+    if config.train.strategy == "splitfed":
+        rounds = splitfed_rounds(config, devices, fleet)
+    else:
+        rounds = _update_rounds(config, devices)
+    found = {kind: _summed(attacked) for kind, attacked in rounds.items() if attacked}
+    worst = max(found, key=lambda kind: found[kind]["content_recall"] or 0.0)
+    return {
+        **found[worst],
+        "round": worst,
+        "rounds": found,
+        "devices": len(devices),
+        "examples": [len(d.holdings.train.texts) for d in devices],
+    }
+
+
+def _update_rounds(config: RunConfig, devices: Sequence[Device]) -> dict[str, list[dict[str, Any]]]:
     settings = FitSettings.of(config)
     labels = devices[0].holdings.label_names
     method = create_method(settings, Path(resolve_model(config.model.name)), labels)
@@ -179,15 +194,7 @@ def _attack_run(config: RunConfig, devices: Sequence[Device]) -> dict[str, Any]:
             update = _answer(method, state, device, config, 1 if kind == "first" else 2)
             ids = _ids(knowledge, device, config)
             rounds[kind].append(attack_update(update, ids, knowledge))
-    found = {kind: _summed(attacked) for kind, attacked in rounds.items() if attacked}
-    worst = max(found, key=lambda kind: found[kind]["content_recall"] or 0.0)
-    return {
-        **found[worst],
-        "round": worst,
-        "rounds": found,
-        "devices": len(devices),
-        "examples": [len(d.holdings.train.texts) for d in devices],
-    }
+    return rounds
 
 
 def cloud_knowledge(method: FitMethod, config: RunConfig) -> CloudKnowledge:
