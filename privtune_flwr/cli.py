@@ -259,6 +259,9 @@ def compare(
         bool, typer.Option("--prune/--keep", help="Delete what only an audit needs.")
     ] = False,
     audit: Annotated[SideAudit, typer.Option(help="Attack the table's runs as well.")] = "no",
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Keep the JSON file's rows that are not run now.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the runs.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="List the runs and their sizes.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Show what is finished.")] = False,
@@ -279,6 +282,7 @@ def compare(
             prune=prune,
             audit=audit,
             jobs=jobs,
+            extend=extend,
         )
         if plan:
             command.show_plan(command.plan_of(scenario, options), console, only)

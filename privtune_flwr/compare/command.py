@@ -21,6 +21,7 @@ from privtune_flwr.compare.jobs import Jobs
 from privtune_flwr.compare.outcome import Outcome, prune
 from privtune_flwr.compare.plan import Plan, make_plan
 from privtune_flwr.compare.runner import Execute, Flower, gather, known_runs, run_all, total_runs
+from privtune_flwr.compare.stored import check_rows_survive, extended, read_stored
 from privtune_flwr.compare.summary import summarise
 from privtune_flwr.compare.table import as_csv, console_table, markdown
 from privtune_flwr.results.run_folder import write_text
@@ -53,6 +54,8 @@ class CompareOptions:
         Whether the table's runs are attacked as well, and how thoroughly.
     jobs : int
         Processes that share the runs, this one counted in.
+    extend : bool
+        Whether rows that the JSON file has, and this comparison does not run, stay in it.
     """
 
     methods: Sequence[str] = ()
@@ -66,6 +69,11 @@ class CompareOptions:
     prune: bool = False
     audit: SideAudit = "no"
     jobs: int = 1
+    extend: bool = False
+
+    def target(self, plan: Plan) -> Path:
+        """Say where the JSON file goes."""
+        return self.out or plan.runs / "comparison.json"
 
 
 def plan_of(scenario: str, options: CompareOptions) -> Plan:
@@ -109,6 +117,12 @@ def compare(
     """
     plan = plan_of(scenario, options)
     command = _command(scenario, options)
+    target = options.target(plan)
+    stored = read_stored(target)
+    if stored is not None and options.extend:
+        extended(stored, summarise(plan, command), target)  # refused now, not hours later
+    elif stored is not None:
+        check_rows_survive(stored, plan, target)
 
     def after() -> None:
         write_outputs(plan, options, command)
@@ -153,12 +167,15 @@ def compare(
 
 def write_outputs(plan: Plan, options: CompareOptions, command: str) -> dict[str, Any]:
     """Write JSON, CSV, Markdown and figures, each whole or not at all."""
-    target = options.out or plan.runs / "comparison.json"
+    target = options.target(plan)
     plan.runs.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     # a second process of the same command writes the same files
     with FileLock(plan.runs / "outputs.lock"):
         content = summarise(plan, command)
+        stored = read_stored(target) if options.extend else None
+        if stored is not None:
+            content = extended(stored, content, target)
         write_text(target, json.dumps(content, indent=1, sort_keys=True) + "\n")
         write_text(target.with_suffix(".csv"), as_csv(content))
         write_text(target.with_suffix(".md"), markdown(content))
@@ -242,4 +259,5 @@ def _command(scenario: str, options: CompareOptions) -> str:
     words += [f"--methods {','.join(options.methods)}"] if options.methods else []
     words += [f"--seeds {','.join(map(str, options.seeds))}"] if options.seeds else []
     words += [f"--audit {options.audit}"] if options.audit != "no" else []
+    words += ["--extend"] if options.extend else []
     return " ".join(words)

@@ -64,10 +64,8 @@ def summarise(plan: Plan, command: str) -> dict[str, Any]:
         What made it.
     """
     rows = [_row(plan, method.name, gather(plan, method)) for method in plan.methods]
-    _hold_against_central(rows)
-    finished = [row for row in rows if row["accuracy"] is not None]
     scenario = plan.scenario
-    return {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "command": command,
         "scenario": {
@@ -85,11 +83,19 @@ def summarise(plan: Plan, command: str) -> dict[str, Any]:
         "seeds": list(plan.seeds),
         "definitions": DEFINITIONS,
         "methods": rows,
-        "axes": standard_axes(finished),
         "projection": assumptions(),
         "runs": [_run(outcome) for outcome in known_runs(plan)],
         "versions": versions(),
     }
+    hold_together(content)
+    return content
+
+
+def hold_together(content: dict[str, Any]) -> None:
+    """Work out, in place, what each row is only beside the others: central's, equal budgets."""
+    rows = content["methods"]
+    _hold_against_central(rows)
+    content["axes"] = standard_axes([row for row in rows if row["accuracy"] is not None])
 
 
 def tuning_statement(plan: Plan) -> str:
