@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, A
         by_multiplier(name, results)
         seed = int(name[-1])
         results["final"]["test_accuracy"] = base[name.partition("-x")[0]] + seed / 100
+        results["final"]["test_loss"] = 0.5 + seed / 10
         if name.startswith("central"):
             results["final"]["test_accuracy"] += seed / 100
             for record in results["per_round"]:
@@ -252,6 +255,11 @@ def test_rows_hold_mean_spread_and_distance_to_central(
     assert (ours["seeds"], ours["multiplier"]) == ([0, 1, 2], 3.0)
     assert ours["accuracy"] == pytest.approx(0.71)
     assert ours["sd"] == pytest.approx(0.01)  # of a sample: n - 1
+    # the label's perplexity is the exponential of each seed's loss, not of their mean
+    losses = [0.5, 0.6, 0.7]
+    assert ours["perplexity"] == pytest.approx(sum(math.exp(x) for x in losses) / 3)
+    assert ours["perplexity_sd"] == pytest.approx(statistics.stdev(map(math.exp, losses)))
+    assert rows["local"]["perplexity_sd"] is None
     # central is 80, 82, 84: seed by seed 10, 11, 12 above ours
     assert ours["points_below_central"] == pytest.approx(11)
     # one seed is held against central's same seed, not against its mean
@@ -357,7 +365,11 @@ def test_outputs_are_written_whole_and_figures_drawn(
     options = command.CompareOptions(out=tmp_path / "small.json", figures=tmp_path / "figures")
     content = command.write_outputs(plan, options, "privtune compare small.toml")
     assert json.loads((tmp_path / "small.json").read_text()) == content
-    assert "| 50.0 / 40.0 (30.0 / 20.0) | - |" in (tmp_path / "small.md").read_text()
+    page = (tmp_path / "small.md").read_text()
+    assert "| 50.0 / 40.0 (30.0 / 20.0) |\n" in page
+    # nobody was attacked without knowing the perturbation: no column of dashes
+    assert "does not know the perturbation, %" not in page
+    assert "| label perplexity |" in page
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
         "small.csv",
         "small.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ class Figures:
     ----------
     accuracy : float or None
         Share of the public test set, after the last round.
+    perplexity : float or None
+        Of the public test set's labels, after the last round: the exponential of the mean
+        cross-entropy in nats.
     bytes_up, bytes_down, messages : float
         Of training: provisioning and evaluation are left out.
     model_bytes : float or None
@@ -39,6 +43,7 @@ class Figures:
     """
 
     accuracy: float | None
+    perplexity: float | None
     bytes_up: float
     bytes_down: float
     messages: float
@@ -56,9 +61,10 @@ def measure(results: Mapping[str, Any]) -> Figures:
     training, seconds = results["traffic"]["training"], results["seconds"]
     rounds = results["per_round"]
     timed = bool(rounds) and all("seconds_round" in r for r in rounds)
-    accuracy = results["final"].get("test_accuracy")
+    accuracy, loss = (results["final"].get(f"test_{name}") for name in ("accuracy", "loss"))
     return Figures(
         accuracy=None if accuracy is None else float(accuracy),
+        perplexity=None if loss is None else math.exp(loss),
         bytes_up=training["bytes_up"] / devices,
         bytes_down=training["bytes_down"] / devices,
         messages=training["messages"] / devices,

@@ -20,6 +20,10 @@ FORMAT = 1
 DEFINITIONS: dict[str, str] = {
     "accuracy": "share of the public test set after the last round; mean over seeds",
     "sd": "sample standard deviation of it over seeds; none with one seed",
+    "perplexity": "exponential of the mean cross-entropy (nats) of the public test set's labels, "
+    "after the last round: 1 = always sure and right, the number of classes = knows nothing; mean "
+    "over seeds",
+    "perplexity_sd": "sample standard deviation of it over seeds; none with one seed",
     "points_below_central": "percentage points below the central bound, mean over the seeds that "
     "both have",
     "bytes_up": "bytes a device sends for training, on average; Flower's serialised content; "
@@ -149,12 +153,15 @@ def _figures(plan: Plan, method: Method, done: Sequence[Outcome]) -> dict[str, A
     measured: list[tuple[Outcome, Figures]] = [(o, measure(o.results or {})) for o in done]
     by_seed = {o.run.seed: f.accuracy for o, f in measured if f.accuracy is not None}
     values = list(by_seed.values())
+    perplexities = [f.perplexity for _, f in measured if f.perplexity is not None]
     results: Mapping[str, Any] = (done[0].results if done else None) or {}
     attacks = (attack(plan.runs / o.run.name) for o in done)
     return {
         "seeds": [o.run.seed for o in done],
         "accuracy": statistics.fmean(values) if values else None,
         "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "perplexity": _mean([f.perplexity for _, f in measured]),
+        "perplexity_sd": statistics.stdev(perplexities) if len(perplexities) > 1 else None,
         "accuracies": {str(seed): value for seed, value in by_seed.items()},
         "points_below_central": None,
         **{key: _mean([getattr(f, key) for _, f in measured]) for key in _MEANS},

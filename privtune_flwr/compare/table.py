@@ -20,6 +20,8 @@ _CSV = (
     "seeds",
     "accuracy",
     "sd",
+    "perplexity",
+    "perplexity_sd",
     "points_below_central",
     "bytes_up",
     "bytes_down",
@@ -65,6 +67,12 @@ def _accuracy(row: Row) -> str:
         return "failed" if row["failed"] else "to do"
     spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
     return f"{100 * row['accuracy']:.1f}{spread}"
+
+
+def _perplexity(row: Row) -> str:
+    # not in files of before there was such a column
+    mean, spread = row.get("perplexity"), row.get("perplexity_sd")
+    return _number(mean, 3) + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def guarantee_words(found: Mapping[str, Any] | None) -> str:
@@ -128,6 +136,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("seeds", lambda r: str(len(r["seeds"]))),
     ("accuracy, %", _accuracy),
     ("points below central", lambda r: _number(r["points_below_central"])),
+    ("label perplexity", _perplexity),
     ("MB up", lambda r: megabytes(r["bytes_up"])),
     ("MB down", lambda r: megabytes(r["bytes_down"])),
     ("model, MB", lambda r: megabytes(r["model_bytes"])),
@@ -151,10 +160,17 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def _known(
+    columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]
+) -> list[tuple[str, Callable[[Row], str]]]:
+    """Leave out columns of which no row knows anything."""
+    return [(n, cell) for n, cell in columns if any(cell(row) != NONE for row in rows)]
+
+
 def main_table(rows: Sequence[Row]) -> str:
     """One row a method, a device's share of everything."""
-    lines = [[cell(row) for _, cell in _COLUMNS] for row in rows]
-    return _markdown([name for name, _ in _COLUMNS], lines)
+    columns = _known(_COLUMNS, rows)
+    return _markdown([n for n, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
 
 
 #: What a README has room for; the rest stands in the comparison's own page.
@@ -176,8 +192,8 @@ _SHORT: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 def short_table(rows: Sequence[Row]) -> str:
     """One row a method, with what people decide by."""
-    lines = [[cell(row) for _, cell in _SHORT] for row in rows]
-    return _markdown([name for name, _ in _SHORT], lines)
+    columns = _known(_SHORT, rows)
+    return _markdown([n for n, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
 
 
 def against_words(rows: Sequence[Row]) -> str:
@@ -347,7 +363,7 @@ def console_table(content: Row, axis: Row | None = None) -> Table:
     """Lay the comparison out for a terminal; with an axis, what is reached at its budget."""
     table = Table(title=content["scenario"]["name"])
     hidden = {"the cloud sees", "formal guarantee"}
-    columns = [c for c in _COLUMNS if c[0] not in hidden]
+    columns = [c for c in _known(_COLUMNS, content["methods"]) if c[0] not in hidden]
     for name, _ in columns:
         table.add_column(name, justify="left" if name == "method" else "right")
     if axis is not None:
