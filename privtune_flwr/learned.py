@@ -50,6 +50,8 @@ class LearningProgress:
         Device to ``{"up", "down", "messages"}`` so far.
     seconds : float
         Wall time so far.
+    start_seconds : float
+        Of them, what the cloud took for the state before the first round: long with a warm start.
     """
 
     draft: str
@@ -58,6 +60,7 @@ class LearningProgress:
     dropped: dict[str, str] = field(default_factory=dict)
     traffic: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
+    start_seconds: float = 0.0
 
 
 def save_state(run_folder: Path, state: State, progress: LearningProgress) -> None:

@@ -136,7 +136,12 @@ class CellsSection(Section):
 class LearningSection(Section):
     """Federated rounds in which a mechanism's parts are learned before anything is released."""
 
-    rounds: int = Field(6, ge=1, le=1000, description="cells-labels: 1")
+    rounds: int = Field(
+        6,
+        ge=0,
+        le=1000,
+        description="0 = no update leaves a device: needs warm-start; cells-labels: 1",
+    )
     epochs: int = Field(2, ge=1, le=100, description="passes over its text a device a round")
     batch_size: int = Field(8, ge=1, le=4096)
     learning_rate: float = Field(5e-4, gt=0, le=10, description="of the blocks, in round 1")
@@ -154,6 +159,12 @@ class LearningSection(Section):
     warm_start: Literal["none", "labels"] = Field(
         "none", description="first learned by the cloud on public labels of the same task"
     )
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> LearningSection:
+        if self.rounds == 0 and self.warm_start == "none":
+            raise ValueError("rounds = 0 learns nothing, unless warm-start = 'labels'")
+        return self
 
 
 class TextSection(Section):

@@ -87,6 +87,7 @@ def learn_first(
     if saved is None:
         raise RunError(f"{folder.path}: has a learned mechanism, but not the record of its rounds")
     progress = saved[1]
+    cloud.seconds["start"] = progress.start_seconds
     if not folder.checkpoint.exists():
         exchange.traffic.include(progress.traffic)
     drop_again(fleet, progress)
@@ -150,6 +151,7 @@ class LearningPhase:
             progress.seconds = before + time.monotonic() - self._started
             save_state(self._folder.path, state, progress)
             self._report(record)
+        self._cloud.seconds["start"] = progress.start_seconds
         freeze(self._folder.path, learner, state)
         if not adopt_learned(self._cloud, self._folder.path):
             raise RunError("the learning phase left no mechanism")
@@ -166,7 +168,14 @@ class LearningPhase:
         draft = self._cloud.spec.id
         saved = load_state(self._folder.path)
         if saved is None:
-            return learner.start(), LearningProgress(draft)
+            begun = time.monotonic()
+            state, progress = learner.start(), LearningProgress(draft)
+            progress.seconds = progress.start_seconds = time.monotonic() - begun
+            # a warm start takes minutes, and is all there is where no round follows
+            save_state(self._folder.path, state, progress)
+            logger.info("the cloud's own start of the learning: %.1f s", progress.start_seconds)
+            progress.seconds = 0.0  # no earlier start of the run took any
+            return state, progress
         state, progress = saved
         if progress.draft != draft:
             raise RunError("the learned state in the run folder is that of another mechanism")

@@ -43,8 +43,16 @@ def test_the_stages_of_a_real_run_hold_all_that_it_measured() -> None:
         assert sum(s.messages for s in stages) == pytest.approx(found.messages)
         assert sum(s.compute for s in stages) == pytest.approx(found.device_seconds)
         assert sum(s.cloud for s in stages) == pytest.approx(found.cloud_seconds)
-    kinds = [s.kind for s in stages_of(recorded("split")) or []]
-    assert kinds == ["sync", "sync", "release", "release", "cloud", "cloud"]
+    kinds = ["sync", "sync", "release", "release", "cloud", "cloud"]
+    assert [s.kind for s in stages_of(recorded("split")) or []] == kinds
+    # what the cloud learned before any device did
+    results = recorded("split")
+    before, spent = stages_of(results) or [], measure(results).cloud_seconds
+    results["seconds"]["start"] = 60.0
+    later = stages_of(results) or []
+    assert [s.kind for s in later] == ["cloud", *kinds]
+    assert predict(later, LINK, 1) == pytest.approx(60 + predict(before, LINK, 1))
+    assert measure(results).cloud_seconds == pytest.approx(60 + spent)
 
 
 def test_a_projection_says_that_it_is_one() -> None:

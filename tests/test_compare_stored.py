@@ -79,13 +79,16 @@ def test_a_row_is_replaced_only_by_one_that_is_finished(tmp_path: Path) -> None:
 def test_rows_of_another_scenario_do_not_mix(tmp_path: Path) -> None:
     out = tmp_path / "all.json"
     stored = compared(tmp_path / "a", ["ours"], out)
-    for key in ("scenario", "tuning"):
-        other = {**stored, key: {**stored[key], "seed": 7}}
-        with pytest.raises(ConfigError, match=f"made with another {key}"):
+    for part, key in (("scenario", "config"), ("scenario", "devices"), ("tuning", "seed")):
+        other = {**stored, part: {**stored[part], key: 7}}
+        with pytest.raises(ConfigError, match=rf"made with another {part}\.{key}"):
             extended(other, stored, out)
+    # what a scenario says of itself may change
+    said = {**stored, "scenario": {**stored["scenario"], "description": "another word"}}
+    assert extended(said, stored, out)["methods"] == stored["methods"]
     # refused before anything runs
     out.write_text(json.dumps({**stored, "tuning": {}}))
-    with pytest.raises(ConfigError, match="another tuning"):
+    with pytest.raises(ConfigError, match=r"another tuning\.grid"):
         compared(tmp_path / "c", ["central"], out, extend=True)
     assert not (tmp_path / "c" / "runs").exists()
 

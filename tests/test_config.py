@@ -61,6 +61,7 @@ def test_missing_keys_take_their_default() -> None:
         ("run.name", "../up", ["run.name = '../up'", "like"]),
         ("privacy.mechanism", "magic", ["privacy.mechanism = 'magic'", "dchi", "none", "privtune"]),
         ("data.public-text", "tweets,nosuch", ["public-text", "'nosuch'", "amazon-snippets"]),
+        ("privacy.learning.rounds", 0, ["privacy.learning", "rounds = 0", "warm-start = 'labels'"]),
         ("data.partitioner", "column", ["partition-column", "partitioner = column"]),
     ],
 )

@@ -47,7 +47,7 @@ from privtune_flwr.protocol import (
     read_release,
 )
 from privtune_flwr.training.averaging import federate_in_process
-from strategies.learning import LearningPhase, learning_terms
+from strategies.learning import LearningPhase, learn_first, learning_terms
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread", "registered")
 
@@ -190,6 +190,35 @@ def test_a_phase_killed_in_round_three_ends_like_an_unbroken_one(
     artefact.write_bytes(artefact.read_bytes()[:-1] + b"x")
     with pytest.raises(RunError, match="its files are not those it names"):
         adopt_learned(cloud_of(**settings), folder.path)
+
+
+def test_without_rounds_nothing_is_asked_of_devices_and_strict_ones_release(
+    make_device: MakeDevice, cloud_of: Callable[..., CloudSide], tmp_path: Path
+) -> None:
+    settings = {"rounds": 0, "warm-start": "labels"}
+    cloud, folder = cloud_of(**settings), run_folder(tmp_path / "run")
+    strict = make_device(run=FEW, policy_learning_rounds=0)
+    wire = Wire({1: strict})
+
+    def refuse(node: int, message: Message) -> None:
+        raise AssertionError("a device was asked")
+
+    wire.before = refuse
+    assert learning_terms(cloud)["learning_rounds"] == 0
+    rounds, earlier = learn_first(cloud, folder, *fleet_of(Wire({1: strict})))
+    LearningPhase(cloud_of(**settings), run_folder(tmp_path / "other"), *fleet_of(wire)).run()
+    assert (rounds, earlier, cloud.learns) == ([], 0.0, False)
+    assert cloud.seconds["start"] > 0
+    device = make_device(run=FEW, policy_learning_rounds=0)
+    provision(device, cloud)
+    assert device.ask(device.request(spec=cloud.spec)).has_content()
+    # a run that goes on takes it up from its folder, and knows what it took
+    later = cloud_of(**settings)
+    assert adopt_learned(later, folder.path)
+    rounds, earlier = learn_first(later, folder, *fleet_of(wire))
+    assert rounds == []
+    assert earlier > 0
+    assert later.seconds["start"] == cloud.seconds["start"]
 
 
 def test_faults_refusals_and_poison_do_not_stop_the_others(

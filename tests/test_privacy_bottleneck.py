@@ -212,6 +212,30 @@ def test_a_draft_releases_nothing_and_says_its_strength(
         mechanism.lift_start()  # type: ignore[attr-defined]
 
 
+def test_one_that_was_learned_on_public_labels_alone_is_frozen_after_no_round(
+    tiny_bottom: BottomModel, tmp_path: Path
+) -> None:
+    public = recipe(rounds=0, warm_start="labels")
+    learner = learner_of(tiny_bottom, rounds=0, warm_start="labels")
+    spec = learner.finish(learner_of(tiny_bottom).start(), tmp_path)
+    assert (spec.params["rounds"], spec.params["rounds_done"]) == (0, 0)
+    mechanism = create_mechanism(spec, tmp_path, tiny_bottom)
+    assert isinstance(mechanism, Bottleneck)
+    ids = task()[0][0]
+    assert (release(mechanism, ids) == release(frozen(tiny_bottom, tmp_path), ids)).all()
+    statement = mechanism.guarantee().statement
+    assert "No device's update went into the weights" in statement
+    assert "not bounded here" not in statement
+    with pytest.raises(MechanismError, match="frozen"):
+        Bottleneck.learner(spec, tmp_path, tiny_bottom, 3)
+    # its draft has the same parameters, and no artefact
+    draft = create_mechanism(MechanismSpec("bottleneck", public.params()), None, tiny_bottom)
+    with pytest.raises(MechanismError, match="not been learned"):
+        release(draft, ids)  # type: ignore[arg-type]
+    with pytest.raises(MechanismError):
+        create_mechanism(spec, None, tiny_bottom)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -221,6 +245,7 @@ def test_a_draft_releases_nothing_and_says_its_strength(
         {"eta": 1.0},
         {"width": HIDDEN + 1},
         {"warm_start": "all"},
+        {"rounds": 0},
         {"flip": 1.0},
         {"rounds_done": -1},
         {"levels": 2.0},

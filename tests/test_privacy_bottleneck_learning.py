@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tiny_models import HIDDEN, VOCAB, save_tiny
 from tiny_models import TYPES as FAMILIES
 
 from privtune_flwr.bundle import Manifest
-from privtune_flwr.data import load_source, tokenise
+from privtune_flwr.data import Labelled, load_public_labelled, load_source, tokenise
 from privtune_flwr.models import BottomModel, CutModel, cut_model
 from privtune_flwr.privacy.base import MechanismError
 from privtune_flwr.privacy.bottleneck.learner import BottleneckLearner, padded
@@ -96,6 +97,36 @@ def test_states_and_labels_that_do_not_fit_are_refused(tiny_bottom: BottomModel)
             learner.update(state, texts, classes, round_number=1, seed=0)
     with pytest.raises(MechanismError, match="warm_start"):
         learner_of(tiny_bottom, warm_start="labels").start()
+
+
+def test_a_warm_start_learns_the_task_from_public_labels(
+    minilm: CutModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MiniLM; 160 of the product reviews, as many of each class."""
+    public = load_public_labelled(("amazon-snippets",))
+    chosen = [i for c in (0, 1) for i in [n for n, x in enumerate(public.labels) if x == c][:80]]
+    few = Labelled([public.texts[i] for i in chosen], [public.labels[i] for i in chosen])
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "privtune_flwr.privacy.bottleneck.learner.load_public_labelled",
+        lambda names: asked.append(names) or few,
+    )
+    setting = recipe(
+        hidden_size=384,
+        positions=32,
+        batch_size=8,
+        lora_rank=8,
+        learning_rate=2e-3,
+        head_learning_rate=3e-3,
+        rounds=0,
+        warm_start="labels",
+    )
+    learner = BottleneckLearner(setting, minilm.bottom, 2)
+    ids = tokenise(minilm.tokenizer, few.texts, 32)
+    cold = BottleneckLearner(replace(setting, rounds=1, warm_start="none"), minilm.bottom, 2)
+    before = learner.accuracy(cold.start(), ids, few.labels)
+    assert learner.accuracy(learner.start(), ids, few.labels) > max(0.6, before + 0.05)
+    assert asked == [("amazon-snippets", "nyt-snippets")]
 
 
 def test_the_adversary_makes_tokens_harder_to_tell(tiny_bottom: BottomModel) -> None:

@@ -34,7 +34,7 @@ class Figures:
     device_peak_bytes : float
         Largest memory of a device's process.
     cloud_seconds : float
-        The cloud's training or averaging.
+        The cloud's training or averaging, and its own learning of a mechanism.
     wall_seconds : float
         The rounds in this simulation, tests left out.
     points : list of dict
@@ -71,7 +71,7 @@ def measure(results: Mapping[str, Any]) -> Figures:
         model_bytes=results["traffic"].get("model_bytes"),
         device_seconds=sum(seconds.get(key, 0.0) for key in DEVICE_WORK) / devices,
         device_peak_bytes=float(results["memory"]["device_peak_bytes"]),
-        cloud_seconds=float(seconds["top"]),
+        cloud_seconds=float(seconds["top"]) + float(seconds.get("start", 0.0)),
         wall_seconds=sum(r["seconds_round"] for r in rounds) if timed else seconds["total"],
         points=curve(results),
     )

@@ -108,6 +108,19 @@ _METHODS = (
         rates=LEARNING_RATES,
     ),
     Method(
+        "ours-public",
+        "the same, its mechanism learned on public labels of the task: no update leaves a device",
+        "split",
+        {
+            "train.strategy": "split",
+            "privacy.learning.rounds": 0,
+            "privacy.learning.warm-start": "labels",
+        },
+        "perturbed representations, once; labels",
+        scaled=(*GRADIENT_RATES, *LEARNING_RATES),
+        rates=LEARNING_RATES,
+    ),
+    Method(
         "privtune",
         "the same through PrivTune's noise (reconstruction)",
         "split",

@@ -109,6 +109,9 @@ def stages_of(results: Mapping[str, Any]) -> list[Stage] | None:
     """
     before = {"bytes_up": 0.0, "bytes_down": 0.0, "messages": 0.0}
     stages: list[Stage] = []
+    alone = float(results["seconds"].get("start", 0.0))
+    if alone:
+        stages.append(Stage("cloud", 0.0, 0.0, 0.0, 0.0, cloud=alone))
     for record in results["per_round"]:
         if "bytes_up" not in record:
             return None

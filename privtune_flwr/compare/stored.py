@@ -14,7 +14,7 @@ from privtune_flwr.compare.summary import FORMAT, hold_together
 from privtune_flwr.config import ConfigError
 
 #: What two comparisons must have alike for their rows to stand in one table.
-_ALIKE = ("format", "scenario", "tuning")
+_ALIKE = {"scenario": ("devices", "config"), "tuning": ("grid", "extensions", "seed")}
 
 
 def read_stored(path: Path) -> dict[str, Any] | None:
@@ -77,9 +77,12 @@ def extended(stored: Mapping[str, Any], content: Mapping[str, Any], path: Path) 
     ConfigError
         If the two were not made of the same scenario and grid.
     """
-    for key in _ALIKE:
-        if stored.get(key) != content[key]:
-            raise ConfigError(f"--extend: {path} was made with another {key}; name another --out")
+    for part, keys in _ALIKE.items():
+        for key in keys:
+            if stored[part].get(key) != content[part][key]:
+                raise ConfigError(
+                    f"--extend: {path} was made with another {part}.{key}; name another --out"
+                )
     rows = {row["method"]: row for row in stored["methods"]}
     for row in content["methods"]:
         if row["accuracy"] is not None or row["method"] not in rows:

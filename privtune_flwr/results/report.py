@@ -72,6 +72,8 @@ def build_results(strategy: SplitTuning) -> dict[str, Any]:
         "seconds": {
             **{k.removeprefix("seconds_"): sum(r.get(k, 0.0) for r in rounds) for k in _SUMMED},
             "prepare": cloud.seconds["prepare"],
+            # the cloud's own learning of a mechanism, before any device's
+            "start": cloud.seconds.get("start", 0.0),
             "total": progress.seconds,
         },
         "memory": {
@@ -151,9 +153,9 @@ def _largest(devices: Mapping[str, Mapping[str, float]], name: str) -> float | N
 def _learning(strategy: SplitTuning) -> dict[str, Any] | None:
     """Say what the learning phase told of the devices' text; None where there was none."""
     cloud = strategy.cloud
-    if not cloud.learned:
-        return None
     settings = cloud.config.privacy.learning
+    if not cloud.learned or settings.rounds == 0:
+        return None
     rho = update_rho(settings.clip, settings.noise)
     return {
         "rounds": settings.rounds,

@@ -76,7 +76,7 @@ class Bottleneck(Mechanism):
         Block weights can be compared with the model's only in :meth:`attach`.
         """
         recipe = Recipe.from_spec(spec)
-        if recipe.rounds_done == 0:
+        if not spec.artefact and recipe.rounds_done == 0:
             return cls(spec, recipe, {})
         state = _read(artefact)
         width, hidden = recipe.width, recipe.hidden_size
@@ -108,7 +108,7 @@ class Bottleneck(Mechanism):
                 f"{self.name}.hidden_size = {self.recipe.hidden_size}: the bottom model has "
                 f"{bottom.hidden_size}"
             )
-        if self.recipe.rounds_done:
+        if self._state:
             with torch.random.fork_rng(devices=[]):
                 network = BottleneckNetwork(bottom, self.recipe.shape)
             network.put(self._state)
@@ -123,7 +123,7 @@ class Bottleneck(Mechanism):
         from privtune_flwr.privacy.bottleneck.learner import BottleneckLearner
 
         recipe = Recipe.from_spec(spec)
-        if recipe.rounds_done:
+        if spec.artefact or recipe.rounds_done:
             raise MechanismError(f"{cls.name}: is frozen and cannot be learned again")
         return BottleneckLearner(recipe, bottom, num_labels)
 
@@ -199,9 +199,18 @@ class Bottleneck(Mechanism):
             eta=strength.eta,
             statement=f"{law} A row depends on its whole sentence, so what is told about one word "
             "may stand in several rows: bits and epsilon compose over the tokens of a sentence. "
-            "Sentence lengths are not hidden. The weights were learned from private text: what "
-            "the updates told before this release is a matter of the learning rounds' clipping "
-            "and noise, and is not bounded here.",
+            f"Sentence lengths are not hidden. {self._origin()}",
+        )
+
+    def _origin(self) -> str:
+        if self.recipe.rounds == 0:
+            return (
+                "No device's update went into the weights: the cloud learned them on public labels."
+            )
+        return (
+            "The weights were learned from private text: what the updates told before this "
+            "release is a matter of the learning rounds' clipping and noise, and is not bounded "
+            "here."
         )
 
     def _perturb(
@@ -219,7 +228,7 @@ class Bottleneck(Mechanism):
         return chosen_TR.astype(np.float64) * 2.0 / (levels - 1) - 1.0
 
     def _check_learned(self) -> None:
-        if self.recipe.rounds_done == 0:
+        if not self._state:
             raise MechanismError(f"{self.name}: has not been learned yet; nothing released")
 
     def _squash(self, ids_T: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -63,7 +63,8 @@ class Recipe:
     clip, noise : float
         Of the learning too, but the protocol applies them, not the learner.
     rounds_done : int
-        0 for a draft, which releases nothing.
+        0 for a draft, which releases nothing, and for what was learned on public labels alone: a
+        draft has no artefact.
     """
 
     width: int
@@ -99,6 +100,8 @@ class Recipe:
             )
         if self.warm_start not in _WARM_STARTS:
             raise MechanismError(f"{NAME}.warm_start: allowed: {', '.join(_WARM_STARTS)}")
+        if self.rounds == 0 and self.warm_start == "none":
+            raise MechanismError(f"{NAME}.rounds = 0: learns nothing, unless warm_start = 'labels'")
 
     @classmethod
     def from_config(cls, config: PrivacyConfig, *, hidden_size: int, positions: int) -> Recipe:
@@ -142,7 +145,7 @@ class Recipe:
             lora_rank=reader.integer("lora_rank", 0, MAX_RANK),
             hidden_size=reader.integer("hidden_size", 1, 65_536),
             positions=reader.integer("positions", 1, 1_000_000),
-            rounds=reader.integer("rounds", 1, 1000),
+            rounds=reader.integer("rounds", 0, 1000),
             epochs=reader.integer("epochs", 1, 100),
             batch_size=reader.integer("batch_size", 1, 4096),
             learning_rate=reader.real("learning_rate", 1e-12, 10),
