@@ -1,4 +1,4 @@
-"""Lays ``audited.json`` out for the README, beside the lines a private run is held against."""
+"""Lays ``audited.json`` out as a table, beside the lines a private run is held against."""
 
 from __future__ import annotations
 

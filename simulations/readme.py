@@ -53,7 +53,7 @@ def transport() -> str:
     lines += [
         "",
         f"Accuracy over seeds 0 to {len(alone) - 1}: one process {statistics.fmean(alone):.4f}, "
-        f"the federation with `none` (the README's last table) {statistics.fmean(once):.4f}.",
+        f"the federation with `none` (the README's first table) {statistics.fmean(once):.4f}.",
     ]
     return "\n".join(lines) + "\n"
 

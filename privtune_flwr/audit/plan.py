@@ -149,7 +149,7 @@ FULL = Preset(
     canaries=CANARIES,
 )
 #: For studies of many runs: the attackers that lead, no checks of the auditor itself. Where noise
-#: is added the Gaussian with context leads (the README's table of families): no network there.
+#: is added the Gaussian with context leads (docs/results.md, by family): no network there.
 FRONTIER = Preset(
     "frontier",
     sentences=120,

@@ -1,4 +1,4 @@
-"""Lays ``frontier.json`` out for the README; nothing in these tables is typed by hand."""
+"""Lays ``frontier.json`` out for ``docs/results.md``; nothing in these tables is typed by hand."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def search(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-#: What ``simulations.readme`` puts between the README's marks.
+#: What ``simulations.readme`` puts between the marks of ``docs/results.md``.
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "frontier": frontier,
     "frontier-seeds": seeds,
