@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,52 +116,65 @@ def compare(
     """
     plan = plan_of(scenario, options)
     command = _command(scenario, options)
-    target = options.target(plan)
-    stored = read_stored(target)
-    if stored is not None and options.extend:
-        extended(stored, summarise(plan, command), target)  # refused now, not hours later
-    elif stored is not None:
-        check_rows_survive(stored, plan, target)
+    _check_target(plan, options, command)
 
     def after() -> None:
         write_outputs(plan, options, command)
         if options.prune:
             prune_finished(plan)
 
-    attacked: set[str] = set()
+    failed: list[str] = []
+    if not table_only:
+        with Jobs(scenario, options, plan.runs) as jobs, Flower(plan) as flower:
+            _share(plan, options, jobs, execute or flower, after, console)
+        known = [o for o in known_runs(plan) if fnmatch(o.run.name, options.only)]
+        failed = [o.run.name for o in known if o.state == "failed"]
+    content = write_outputs(plan, options, command)
+    show(content, options, console)
+    return failed
 
-    def attack() -> None:
+
+def _check_target(plan: Plan, options: CompareOptions, command: str) -> None:
+    """Refuse now, and not hours later, what could not be written."""
+    target = options.target(plan)
+    stored = read_stored(target)
+    if stored is not None and options.extend:
+        extended(stored, summarise(plan, command), target)
+    elif stored is not None:
+        check_rows_survive(stored, plan, target)
+
+
+def _share(
+    plan: Plan,
+    options: CompareOptions,
+    jobs: Jobs,
+    execute: Execute,
+    after: Callable[[], None],
+    console: Console,
+) -> None:
+    """Run and attack this process's share, and in the end what the others may have left."""
+    tried: set[str] = set()
+    attacked: set[str] = set()
+    while True:
+        others = jobs.alive()
+        run_all(
+            plan,
+            execute=execute,
+            after=after,
+            only=options.only,
+            console=console,
+            others=jobs.alive,
+            tried=tried,
+        )
         if options.audit != "no":
             # the attackers' models and learners are loaded only if wanted
             from privtune_flwr.compare.attacked import attack_table
 
             chosen = AuditOptions(options.audit)
             attack_table(plan, chosen, after=after, console=console, tried=attacked)
-
-    failed: list[str] = []
-    if not table_only:
-        with Flower(plan) as flower, Jobs(scenario, options, plan.runs) as jobs:
-            share = partial(
-                run_all,
-                plan,
-                execute=execute or flower,
-                after=after,
-                only=options.only,
-                console=console,
-                tried=set(),
-            )
-            share(others=jobs.alive)
-            attack()
-            if options.jobs > 1:
-                jobs.join()
-                # what another process left undone, should it have died
-                share()
-                attack()
-        known = known_runs(plan)
-        failed = [o.run.name for o in known if o.state == "failed"]
-    content = write_outputs(plan, options, command)
-    show(content, options, console)
-    return [name for name in failed if fnmatch(name, options.only)]
+        if not others:
+            return
+        jobs.join()
 
 
 def write_outputs(plan: Plan, options: CompareOptions, command: str) -> dict[str, Any]:
