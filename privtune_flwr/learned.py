@@ -51,7 +51,7 @@ class LearningProgress:
     seconds : float
         Wall time so far.
     start_seconds : float
-        Of them, what the cloud took for the state before the first round: long with a warm start.
+        What the cloud took to learn the state before the first round, in this run or before it.
     """
 
     draft: str

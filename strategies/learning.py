@@ -16,6 +16,7 @@ from flwr.app import Message
 
 from privtune_flwr.cloud import CloudSide
 from privtune_flwr.config import ConfigError
+from privtune_flwr.data.snippets import SNIPPET_CLASSES
 from privtune_flwr.errors import InvalidReplyError, RunError
 from privtune_flwr.learned import (
     LearningProgress,
@@ -139,6 +140,8 @@ class LearningPhase:
         ------
         RunError
             If no device takes part in a round. What earlier rounds learned is kept.
+        ConfigError
+            If it shall start from public labels, and the task has other classes.
         """
         learner = self._learner()
         state, progress = self._restore(learner)
@@ -158,11 +161,14 @@ class LearningPhase:
         return progress, before
 
     def _learner(self) -> Learner:
-        cloud = self._cloud
+        cloud, names = self._cloud, self._fleet.label_names
+        if self._settings.warm_start == "labels" and names != SNIPPET_CLASSES:
+            raise ConfigError(
+                "privacy.learning.warm-start = 'labels': the public text is labelled "
+                f"{', '.join(SNIPPET_CLASSES)}, the task has {', '.join(names)}; allowed here: none"
+            )
         folder = cloud.bundles[1][1] if cloud.spec.artefact else None
-        return type(cloud.mechanism).learner(
-            cloud.spec, folder, cloud.bottom, len(self._fleet.label_names)
-        )
+        return type(cloud.mechanism).learner(cloud.spec, folder, cloud.bottom, len(names))
 
     def _restore(self, learner: Learner) -> tuple[State, LearningProgress]:
         draft = self._cloud.spec.id
@@ -170,10 +176,11 @@ class LearningPhase:
         if saved is None:
             begun = time.monotonic()
             state, progress = learner.start(), LearningProgress(draft)
-            progress.seconds = progress.start_seconds = time.monotonic() - begun
+            progress.seconds = time.monotonic() - begun
+            progress.start_seconds = learner.start_seconds
             # a warm start takes minutes, and is all there is where no round follows
             save_state(self._folder.path, state, progress)
-            logger.info("the cloud's own start of the learning: %.1f s", progress.start_seconds)
+            logger.info("the cloud's own start of the learning: %.1f s", progress.seconds)
             progress.seconds = 0.0  # no earlier start of the run took any
             return state, progress
         state, progress = saved

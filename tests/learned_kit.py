@@ -44,6 +44,8 @@ DRAFT = MechanismSpec("toy-learned", {"done": 0})
 class ToyLearner:
     """Multinomial regression on mean rows; its weights become the mechanism's projection."""
 
+    start_seconds = 1.5
+
     def __init__(self, bottom: Bottom, num_labels: int) -> None:
         self._bottom = bottom
         self._labels = num_labels

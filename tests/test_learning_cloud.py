@@ -205,10 +205,18 @@ def test_without_rounds_nothing_is_asked_of_devices_and_strict_ones_release(
 
     wire.before = refuse
     assert learning_terms(cloud)["learning_rounds"] == 0
-    rounds, earlier = learn_first(cloud, folder, *fleet_of(Wire({1: strict})))
-    LearningPhase(cloud_of(**settings), run_folder(tmp_path / "other"), *fleet_of(wire)).run()
+    fleet, exchange = fleet_of(wire)
+    other = run_folder(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"warm-start = 'labels'.*the task has neg, pos"):
+        LearningPhase(cloud_of(**settings), other, fleet, exchange).run()
+    fleet.label_names = ("negative", "positive")
+    LearningPhase(cloud_of(**settings), other, fleet, exchange).run()
+    # what was learned is brought to the devices, which is all that they hear of it
+    fleet, exchange = fleet_of(Wire({1: strict}))
+    fleet.label_names = ("negative", "positive")
+    rounds, earlier = learn_first(cloud, folder, fleet, exchange)
     assert (rounds, earlier, cloud.learns) == ([], 0.0, False)
-    assert cloud.seconds["start"] > 0
+    assert cloud.seconds["start"] == 1.5  # as the learner says
     device = make_device(run=FEW, policy_learning_rounds=0)
     provision(device, cloud)
     assert device.ask(device.request(spec=cloud.spec)).has_content()

@@ -100,7 +100,7 @@ def test_states_and_labels_that_do_not_fit_are_refused(tiny_bottom: BottomModel)
 
 
 def test_a_warm_start_learns_the_task_from_public_labels(
-    minilm: CutModel, monkeypatch: pytest.MonkeyPatch
+    minilm: CutModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MiniLM; 160 of the product reviews, as many of each class."""
     public = load_public_labelled(("amazon-snippets",))
@@ -111,6 +111,7 @@ def test_a_warm_start_learns_the_task_from_public_labels(
         "privtune_flwr.privacy.bottleneck.learner.load_public_labelled",
         lambda names: asked.append(names) or few,
     )
+    monkeypatch.setenv("PRIVTUNE_CACHE", str(tmp_path))
     setting = recipe(
         hidden_size=384,
         positions=32,
@@ -125,8 +126,18 @@ def test_a_warm_start_learns_the_task_from_public_labels(
     ids = tokenise(minilm.tokenizer, few.texts, 32)
     cold = BottleneckLearner(replace(setting, rounds=1, warm_start="none"), minilm.bottom, 2)
     before = learner.accuracy(cold.start(), ids, few.labels)
-    assert learner.accuracy(learner.start(), ids, few.labels) > max(0.6, before + 0.05)
+    started = learner.start()
+    assert learner.accuracy(started, ids, few.labels) > max(0.6, before + 0.05)
     assert asked == [("amazon-snippets", "nyt-snippets")]
+    # learned once for all runs that start from it, anew where anything differs
+    monkeypatch.setattr(BottleneckLearner, "_fit", lambda *_: pytest.fail("learned again"))
+    later = BottleneckLearner(replace(setting, rounds=3), minilm.bottom, 2)
+    again = later.start()
+    assert later.start_seconds == learner.start_seconds > 0
+    assert again.keys() == started.keys()
+    assert all((again[n] == started[n]).all() for n in started)
+    with pytest.raises(pytest.fail.Exception, match="learned again"):
+        BottleneckLearner(replace(setting, learning_rate=1e-3), minilm.bottom, 2).start()
 
 
 def test_the_adversary_makes_tokens_harder_to_tell(tiny_bottom: BottomModel) -> None:

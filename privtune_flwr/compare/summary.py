@@ -34,8 +34,9 @@ DEFINITIONS: dict[str, str] = {
     "device_seconds": "processor seconds a device for training, all threads of its process",
     "device_peak_bytes": "largest resident memory of a device's process, the mean over seeds; "
     "a simulation's process serves several devices in turn",
-    "cloud_seconds": "seconds by the clock that the cloud trains or averages; other work on the "
-    "machine counts in",
+    "cloud_seconds": "seconds by the clock that the cloud trains or averages, what it learns on "
+    "public labels before that included, though later runs take it up; other work on the machine "
+    "counts in",
     "wall_seconds": "seconds by the clock of all rounds in this simulation, tests left out",
     "cloud_sees": "what the cloud gets of a device",
     "guarantee": "epsilon (and delta), of what and against whom, or a bound in bits; None = none",

@@ -42,7 +42,16 @@ class Update:
 
 
 class Learner(Protocol):
-    """Learns one mechanism's state; built alike in the cloud and on devices."""
+    """Learns one mechanism's state; built alike in the cloud and on devices.
+
+    Attributes
+    ----------
+    start_seconds : float
+        What the cloud took to learn the state that :meth:`start` last gave, in this run or in an
+        earlier one that kept it; 0 where nothing is learned for it.
+    """
+
+    start_seconds: float
 
     def start(self) -> State:
         """Give the state before the first round; in the cloud."""

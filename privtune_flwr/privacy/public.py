@@ -202,9 +202,6 @@ class PublicKnowledge:
     ) -> Tables:
         """Give named tables from disk, building them first if nobody has.
 
-        Two processes that ask at once build once; a process killed half-way leaves nothing that
-        would be taken for a result.
-
         Parameters
         ----------
         name : str
@@ -219,13 +216,7 @@ class PublicKnowledge:
         dict of arrays
             Memory-mapped and read-only.
         """
-        folder = self._folder / f"{name}-{_hash([dict(params)])[:16]}"
-        if not folder.is_dir():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_suffix(".lock")):
-                if not folder.is_dir():
-                    _write_tables(folder, build())
-        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        return kept_tables(self._folder / f"{name}-{_hash([dict(params)])[:16]}", build)
 
     def _tokenise(self) -> Tables:
         encoded = self.tokenizer(
@@ -233,6 +224,32 @@ class PublicKnowledge:
         )["input_ids"]
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         return {"ids": np.concatenate([np.array(i, np.int32) for i in encoded]), "lengths": lengths}
+
+
+def kept_tables(folder: Path, build: Callable[[], Tables]) -> Tables:
+    """Give a folder's tables, building them first if nobody has.
+
+    Two processes that ask at once build once; a process killed half-way leaves nothing that would
+    be taken for a result.
+
+    Parameters
+    ----------
+    folder : Path
+        Named by all that the tables depend on.
+    build : callable
+        Computes them as a dictionary of arrays.
+
+    Returns
+    -------
+    dict of arrays
+        Memory-mapped and read-only.
+    """
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _write_tables(folder, build())
+    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
 
 
 def _write_tables(folder: Path, tables: Tables) -> None:

@@ -117,6 +117,7 @@ class _StartedOnce:
         cloud = run.cloud
         artefact = cloud.bundles[1][1] if cloud.spec.artefact else None
         kind = type(cloud.mechanism)
+        self.start_seconds = 0.0
         self.inner: Learner = kind.learner(cloud.spec, artefact, cloud.bottom, len(run.labels))
         self.update, self.apply, self.finish = (
             self.inner.update,

@@ -11,6 +11,7 @@ Legend: B sentences, T tokens.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from privtune_flwr.assets import cache_root
 from privtune_flwr.bundle import Manifest
 from privtune_flwr.data import load_public_labelled, tokenise
 from privtune_flwr.data.snippets import SNIPPET_CLASSES
@@ -28,12 +30,15 @@ from privtune_flwr.privacy.base import MechanismError, MechanismSpec
 from privtune_flwr.privacy.bottleneck.network import BottleneckNetwork
 from privtune_flwr.privacy.bottleneck.recipe import NAME, TENSORS, Recipe
 from privtune_flwr.privacy.learning import State, Update
+from privtune_flwr.privacy.public import kept_tables
 
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 LAST_RATE = 0.3
 WARM_EPOCHS = 2
 WARM_CORPORA = ("amazon-snippets", "nyt-snippets")
+_WARM_VERSION = 1  # raise it whenever the learning changes what a warm start comes to
+_SECONDS = "seconds"
 _WINDOW = 8
 _TEST_BATCH = 32
 
@@ -59,11 +64,13 @@ class BottleneckLearner:
         with _chance("start"):
             self._network = BottleneckNetwork(bottom, recipe.shape, num_labels)
         self._start = self._network.state()
+        self.start_seconds = 0.0
 
     def start(self) -> State:
         """Give the state before the first round.
 
-        Blocks as they are, all else at random; with a warm start, tuned on public labels.
+        Blocks as they are, all else at random; with a warm start, tuned on public labels, which is
+        done once for all runs that start from there: it takes minutes.
 
         Raises
         ------
@@ -79,10 +86,18 @@ class BottleneckLearner:
             )
         public = load_public_labelled(WARM_CORPORA)
         sequences = tokenise(self._bottom.tokenizer, public.texts, self.recipe.positions)
-        self._network.put(self._start)
-        with _chance("warm start"):
-            self._fit(sequences, public.labels, WARM_EPOCHS, lambda done: 1 - 0.7 * done)
-        return self._network.state()
+
+        def learn() -> dict[str, NDArray[Any]]:
+            begun = time.monotonic()
+            self._network.put(self._start)
+            with _chance("warm start"):
+                self._fit(sequences, public.labels, WARM_EPOCHS, lambda done: 1 - 0.7 * done)
+            return {**self._network.state(), _SECONDS: np.array([time.monotonic() - begun])}
+
+        name = self._warm_name(sequences, public.labels)
+        kept = dict(kept_tables(cache_root() / "warm-starts" / name, learn))
+        self.start_seconds = float(kept.pop(_SECONDS)[0])
+        return {key: np.array(value) for key, value in kept.items()}
 
     def update(
         self,
@@ -198,6 +213,19 @@ class BottleneckLearner:
             optimiser.step()
             loss_sum += loss.item() * len(chosen)
         return loss_sum / epochs, len(plan)
+
+    def _warm_name(self, sequences: Sequences, labels: Sequence[int]) -> str:
+        """Hash all that determines a warm start."""
+        recipe = self.recipe
+        digest = hashlib.sha256()
+        parts = [_WARM_VERSION, WARM_EPOCHS, recipe.shape, recipe.batch_size, recipe.adversary]
+        parts += [recipe.learning_rate, recipe.head_learning_rate, WEIGHT_DECAY, CLIP_NORM]
+        digest.update(repr(parts).encode())
+        for name, tensor in sorted(self._bottom.base.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        for ids_T, label in zip(sequences, labels, strict=True):
+            digest.update(ids_T.astype("<i4").tobytes() + int(label).to_bytes(4, "little"))
+        return digest.hexdigest()[:32]
 
     def _check(self, sequences: Sequences, labels: Sequence[int]) -> None:
         classes = self._network.num_labels

@@ -49,6 +49,8 @@ class CellsLearner:
         K.
     """
 
+    start_seconds = 0.0
+
     def __init__(self, spec: MechanismSpec, tables: Tables, num_labels: int) -> None:
         self._spec = spec
         self._tables = tables
