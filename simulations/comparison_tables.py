@@ -30,7 +30,7 @@ def conditions_table(contents: Mapping[str, dict[str, Any]]) -> str:
     -------
     str
         One line for each method that any of them but the first ran, in the first one's order;
-        the accuracy of the first seed in percent, so that columns are alike, a dash where the
+        accuracy in percent, mean and spread where there are several seeds, a dash where the
         method was not run.
     """
     known = {name: title for name, title in CONDITIONS.items() if name in contents}
@@ -48,5 +48,5 @@ def conditions_table(contents: Mapping[str, dict[str, Any]]) -> str:
 def _accuracy(row: Mapping[str, Any] | None) -> str:
     if row is None or row["accuracy"] is None:
         return ""
-    first = row["accuracies"][str(row["seeds"][0])]
-    return f"{100 * first:.1f}"
+    spread = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
+    return f"{100 * row['accuracy']:.1f}{spread}"

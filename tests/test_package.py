@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from simulations.comparison_tables import conditions_table
 from simulations.readme import PAGES, ROOT, render
 
 
@@ -64,3 +65,23 @@ def test_a_page_without_a_tables_place_is_refused() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="headline"):
         render(text.replace("<!-- headline -->", ""), "README.md")
+
+
+def test_conditions_stand_beside_each_other_with_their_spread() -> None:
+    def row(name: str, accuracy: float | None, sd: float | None = None) -> dict[str, object]:
+        return {"method": name, "accuracy": accuracy, "sd": sd}
+
+    table = conditions_table(
+        {
+            "comparison": {
+                "methods": [row("ours", 0.8, 0.01), row("fedavg", 0.7), row("bbt", 0.6)]
+            },
+            "comparison-slow": {"methods": [row("fedavg", 0.65), row("ours", None)]},
+            "comparison-oneclass": {"methods": [row("ours", 0.5)]},
+        }
+    )
+    assert table == (
+        "| method | devices alike | one class each | slow devices |\n|---|---|---|---|\n"
+        # the first one's order, a dash where nothing is known, no row that only the first one has
+        "| ours | 80.0 ± 1.0 | 50.0 | - |\n| fedavg | 70.0 | - | 65.0 |\n"
+    )
