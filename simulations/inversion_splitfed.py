@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from privtune_flwr.audit.updates.run import held_by
+from privtune_flwr.audit.updates.devices import held_by
 from privtune_flwr.audit.updates.steps import splitfed_rounds
 from privtune_flwr.compare.methods import find_method
 from privtune_flwr.compare.plan import PlannedRun, make_plan

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from privtune_flwr.audit.updates.base import CloudKnowledge, Reading, Update
+from privtune_flwr.audit.updates.devices import held_by
 from privtune_flwr.audit.updates.inputs import candidate_inputs, sentence_inputs
 from privtune_flwr.audit.updates.judge import judge
 from privtune_flwr.audit.updates.rows import Rows, longest_sentence, motion_of
-from privtune_flwr.audit.updates.run import clipped, held_by, invert_run, sends_weights
+from privtune_flwr.audit.updates.run import clipped, invert_run, sends_weights
 from privtune_flwr.audit.updates.span import SpanCheck, find_span, held_tokens
 from privtune_flwr.audit.updates.steps import Rehearsal, judged
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def compare(
 
     failed: list[str] = []
     if not table_only:
-        with Jobs(scenario, options, plan.runs) as jobs, Flower(plan) as flower:
+        work = partial(compare, scenario, replace(options, jobs=1))
+        with Jobs(work, options.jobs, plan.runs) as jobs, Flower(plan) as flower:
             _share(plan, options, jobs, execute or flower, after, console)
         known = [o for o in known_runs(plan) if fnmatch(o.run.name, options.only)]
         failed = [o.run.name for o in known if o.state == "failed"]

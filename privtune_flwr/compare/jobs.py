@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rich.console import Console
 
@@ -16,38 +15,36 @@ from privtune_flwr.config import ConfigError
 from privtune_flwr.errors import PrivTuneError
 from privtune_flwr.launcher import termination_unwinds
 
-if TYPE_CHECKING:
-    from privtune_flwr.compare.command import CompareOptions
-
 _END_SECONDS = 30.0
 
 
-class Jobs(AbstractContextManager["Jobs"]):
-    """Processes that run the same comparison as this one; they end with it.
+class Work(Protocol):
+    """What a further process does; picklable."""
 
-    Each has a SuperLink of its own and writes what it says to ``job-<number>.log`` among the runs.
+    def __call__(self, *, console: Console) -> object:
+        """Work, and say what is done on a console."""
+
+
+class Jobs(AbstractContextManager["Jobs"]):
+    """Processes that do the same work as this one; they end with it.
 
     Parameters
     ----------
-    scenario : str
-        As for :func:`~privtune_flwr.compare.command.compare`.
-    options : CompareOptions
-        Their ``jobs`` counts this process in.
+    work : callable
+        What each does.
+    count : int
+        Of all processes, this one counted in.
     folder : Path
-        Where their logs go.
+        Where each writes what it says: ``job-<number>.log``.
     """
 
-    def __init__(self, scenario: str, options: CompareOptions, folder: Path) -> None:
+    def __init__(self, work: Work, count: int, folder: Path) -> None:
         self._stack = ExitStack()
         # spawned: this process may have threads, which a fork would not survive
         context = multiprocessing.get_context("spawn")
         self._processes: list[SpawnProcess] = [
-            context.Process(
-                target=_work,
-                args=(scenario, replace(options, jobs=1), folder / f"job-{number}.log"),
-                name=f"job-{number}",
-            )
-            for number in range(2, options.jobs + 1)
+            context.Process(target=_run, args=(work, folder / f"job-{number}.log"))
+            for number in range(2, count + 1)
         ]
 
     def __enter__(self) -> Jobs:
@@ -78,14 +75,12 @@ class Jobs(AbstractContextManager["Jobs"]):
         self._stack.close()
 
 
-def _work(scenario: str, options: CompareOptions, log: Path) -> None:
-    from privtune_flwr.compare.command import compare
-
+def _run(work: Work, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         console = Console(file=file, width=120)
         try:
-            compare(scenario, options, console=console)
+            work(console=console)
         except KeyboardInterrupt:
             console.print("interrupted")
         except (ConfigError, PrivTuneError) as error:

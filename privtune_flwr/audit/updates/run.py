@@ -12,10 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,15 +25,14 @@ from rich.text import Text
 from privtune_flwr.audit.operator import AuditError
 from privtune_flwr.audit.updates.attacks import attack_update, best_attack, over_devices
 from privtune_flwr.audit.updates.base import CloudKnowledge, Update
+from privtune_flwr.audit.updates.devices import Device, held_by
 from privtune_flwr.audit.updates.steps import splitfed_rounds
 from privtune_flwr.config import RunConfig, load_run_config
 from privtune_flwr.data import load_public_text, tokenise
-from privtune_flwr.device import Holdings, open_holdings, open_home, simulated_root
 from privtune_flwr.federated.methods import FitMethod, Work, create_method
 from privtune_flwr.federated.settings import FitSettings
 from privtune_flwr.federated_config import WEIGHT_STRATEGIES
 from privtune_flwr.models import resolve_model
-from privtune_flwr.privacy.keyed import keyed_generator
 from privtune_flwr.privacy.learned_update import norm_of
 from privtune_flwr.privacy.learning import State
 from privtune_flwr.results.run_folder import write_text
@@ -68,15 +64,6 @@ def print_inversion(found: dict[str, Any], console: Console) -> None:
 def _pair(figures: dict[str, Any], kind: str) -> str:
     both = (figures[f"{kind}_recall"], figures[f"{kind}_precision"])
     return " / ".join("-" if value is None else f"{100 * value:.1f}" for value in both)
-
-
-@dataclass(frozen=True)
-class Device:
-    """A simulated device's text, and the seed of its batches."""
-
-    name: str
-    holdings: Holdings
-    seed: int
 
 
 def sends_weights(folder: Path) -> bool:
@@ -136,28 +123,6 @@ def invert_run(folder: Path, devices: int = 3) -> dict[str, Any]:
     content = {"run": folder.name, "strategy": config.train.strategy, **found}
     write_text(folder / "inversion.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
     return content
-
-
-def held_by(config: RunConfig, names: Sequence[str], devices: int) -> list[Device]:
-    """Give the text of a simulation's first devices that hold any."""
-    run_id = uuid.uuid4().hex
-    found: list[Device] = []
-    try:
-        for name in names:
-            if len(found) == devices:
-                break
-            node: dict[str, Any] = {
-                "partition-id": int(name.removeprefix("device-")),
-                "num-partitions": len(names),
-            }
-            home = open_home(node, run_id=run_id, simulated=True, seed=config.run.seed)
-            holdings = open_holdings(config, node, home)
-            seed = int.from_bytes(keyed_generator(home.derive("order"), "audit").bytes(7), "big")
-            if holdings.train.texts:
-                found.append(Device(name, holdings, seed))
-    finally:
-        shutil.rmtree(simulated_root(run_id), ignore_errors=True)
-    return found
 
 
 def _attack_run(config: RunConfig, devices: Sequence[Device], fleet: int) -> dict[str, Any]:

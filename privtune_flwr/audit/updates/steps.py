@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privtune_flwr.audit.attacks.retrieval import NearestEntries
 from privtune_flwr.audit.updates.base import CloudKnowledge, Reading
+from privtune_flwr.audit.updates.devices import Device
 from privtune_flwr.audit.updates.judge import judge
 from privtune_flwr.config import RunConfig
 from privtune_flwr.data import load_public_text, tokenise
@@ -43,9 +44,6 @@ from privtune_flwr.privacy.learning import State
 from privtune_flwr.privacy.privtune.bank import build_bank
 from privtune_flwr.training.averaging import WeightedMean
 from privtune_flwr.training.trainer import schedule_factor
-
-if TYPE_CHECKING:
-    from privtune_flwr.audit.updates.run import Device
 
 NAME = "retrieval"
 Ids = NDArray[np.int32]
