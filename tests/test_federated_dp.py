@@ -116,7 +116,8 @@ def test_each_example_has_its_own_gradient(
         found = {n: p.grad_sample.numpy().copy() for n, p in model.trainable().items()}
     for i, (sentence, label) in enumerate(zip(ids, labels, strict=True)):
         for name, gradient in plain_gradients(model, sentence, label).items():
-            np.testing.assert_allclose(found[name][i], gradient, atol=2e-5, err_msg=name)
+            # rtol: one entry is a sum in another order, and a prompt's is as large as 20
+            np.testing.assert_allclose(found[name][i], gradient, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "prompt"])
