@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation_kit import SMALL, Run
+from federation_kit import NOISY, SMALL, Run
+from filelock import FileLock
 
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
 from privtune_flwr.launcher import SuperLink, local_superlink, stage_app
@@ -59,8 +60,9 @@ def federate(
         client_app: str = "privtune_flwr.client_app:app",
         on_line: Callable[[str], None] = lambda line: None,
         cores: int = 2,
+        folder: Path = root,
     ) -> Run:
-        fixed = {"run.name": name, "run.folder": str(root), "run.min-devices": devices}
+        fixed = {"run.name": name, "run.folder": str(folder), "run.min-devices": devices}
         config = load_run_config(flatten(RunConfig()) | SMALL | settings | fixed)
         log: list[str] = []
 
@@ -70,7 +72,7 @@ def federate(
                 on_line(line)
 
         try:
-            folder = launch(
+            found = launch(
                 config,
                 # one process for all devices on a machine of two cores: another one would import
                 # and load everything once more, while other tests need the second core
@@ -83,6 +85,20 @@ def federate(
             # the run's own words are what explains a failure
             error.add_note("".join(log[-60:]))
             raise
-        return Run(folder, config, "".join(log))
+        return Run(found, config, "".join(log))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def noisy(federate: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One federation for every file that looks at it; whichever worker is first runs it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "noisy.lock"):
+        if not (folder / "noisy.log").exists():
+            (folder / "noisy.log").write_text(federate("noisy", NOISY, folder=folder).log)
+    fixed = {"run.name": "noisy", "run.folder": str(folder), "run.min-devices": 3}
+    config = load_run_config(flatten(RunConfig()) | SMALL | NOISY | fixed)
+    return Run(folder / "noisy", config, (folder / "noisy.log").read_text())

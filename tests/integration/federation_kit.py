@@ -19,6 +19,17 @@ SMALL: dict[str, Scalar] = {
     "train.threads": 1,
 }
 
+# noise that hides something, released anew at each of two epochs; evaluated on the way
+NOISY: dict[str, Scalar] = {
+    "privacy.mechanism": "dchi",
+    "privacy.noise": 6.0,
+    "privacy.release-policy": "per-epoch",
+    "data.train-examples": 120,
+    "data.test-examples": 40,
+    "train.evaluate-every": 2,
+    "run.seed": 3,
+}
+
 
 @dataclass
 class Run:
