@@ -192,7 +192,7 @@ def test_narrow_rows_cannot_be_denoised(
 def adapting(kind: str, **more: Any) -> dict[str, Any]:
     return {
         "recovery__adapt": kind,
-        "recovery__adapt-examples": 160,
+        "recovery__adapt-examples": 80,
         "recovery__adapt-epochs": 2,
         "recovery__adapt-learning-rate": 2e-4,
         "train__batch-size": 8,
@@ -213,7 +213,7 @@ def test_adapting_lowers_its_loss_on_held_out_text_and_is_done_once(
     first, _ = side.build_top(LABELS)
     measured = dict(side.adaptation)
     assert measured["adapt_loss_after"] < 0.9 * measured["adapt_loss_before"]
-    assert measured["adapt_examples"] == 144
+    assert measured["adapt_examples"] == 72
     untouched, _ = side.build_top(LABELS, fresh=False)
     name = next(n for n, p in first.top.named_parameters() if ".layer." in n and p.ndim == 2)
     assert not torch.equal(state_of(first.top)[name], state_of(untouched.top)[name])
@@ -240,8 +240,10 @@ def test_public_labels_alone_beat_chance(
         "none",
         **{
             "recovery__adapt-epochs": 1,
-            "recovery__adapt-examples": 1200,
-            "recovery__adapt-learning-rate": 1e-4,
+            "recovery__adapt-examples": 1000,
+            "recovery__adapt-learning-rate": 2e-4,
+            "train__batch-size": 16,  # half as many steps of the optimiser
+            "model__max-length": 32,
             "data__test-examples": 200,
         },
     )

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation_kit import NOISY, SMALL, Run
+from federation_kit import COMPARED, NOISY, SMALL, Run, finished
 from filelock import FileLock
+from typer.testing import CliRunner
 
+from privtune_flwr.cli import main
 from privtune_flwr.config import RunConfig, Scalar, flatten, load_run_config
 from privtune_flwr.launcher import SuperLink, local_superlink, stage_app
 from privtune_flwr.launcher import federate as launch
@@ -91,14 +93,35 @@ def federate(
 
 
 @pytest.fixture(scope="session")
-def noisy(federate: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One federation for every file that looks at it; whichever worker is first runs it."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers see, for what one of them makes for all."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
-    with FileLock(folder / "noisy.lock"):
-        if not (folder / "noisy.log").exists():
-            (folder / "noisy.log").write_text(federate("noisy", NOISY, folder=folder).log)
-    fixed = {"run.name": "noisy", "run.folder": str(folder), "run.min-devices": 3}
-    config = load_run_config(flatten(RunConfig()) | SMALL | NOISY | fixed)
-    return Run(folder / "noisy", config, (folder / "noisy.log").read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def noisy(federate: Callable[..., Run], shared: Path) -> Run:
+    """One federation for every file that looks at it; whichever worker is first runs it."""
+    log = shared / "noisy.log"
+    with FileLock(shared / "noisy.lock"):
+        if not log.exists():
+            log.write_text(federate("noisy", NOISY, folder=shared).log)
+    return finished(shared / "noisy", log)
+
+
+@pytest.fixture(scope="session")
+def compared(shared: Path) -> Path:
+    """The folder of one comparison: ``tiny.toml`` and ``runs``."""
+    folder = shared / "compared"
+    with FileLock(shared / "compared.lock"):
+        runs = folder / "runs"
+        if not (runs / "comparison.json").exists():
+            folder.mkdir(exist_ok=True)
+            (folder / "tiny.toml").write_text(COMPARED)
+            options = ["--runs", str(runs), "--prune", "--jobs", "2"]
+            result = CliRunner().invoke(main, ["compare", str(folder / "tiny.toml"), *options])
+            logs = "".join(path.read_text()[-3000:] for path in runs.glob("*.log"))
+            assert result.exit_code == 0, result.output + logs
+    return folder

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privtune_flwr.config import RunConfig, Scalar
+from privtune_flwr.config import RunConfig, Scalar, load_run_config
 
 SMALL: dict[str, Scalar] = {
     "data.train-examples": 192,
@@ -30,6 +30,27 @@ NOISY: dict[str, Scalar] = {
     "run.seed": 3,
 }
 
+# two methods under `privtune compare`, each in a process of its own
+COMPARED = """
+description = "two devices"
+[federation]
+num-supernodes = 2
+[config.data]
+train-examples = 48
+eval-examples = 8
+test-examples = 40
+[config.model]
+max-length = 32
+lora-rank = 2
+[config.train]
+epochs = 2
+test-every = 1
+batch-size = 8
+threads = 1
+[compare]
+methods = ["split-clear", "fedavg-lora"]
+"""
+
 
 @dataclass
 class Run:
@@ -45,3 +66,9 @@ class Run:
 
     def lines(self, name: str) -> list[Any]:
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+
+def finished(folder: Path, log: Path) -> Run:
+    """Open what a run of another test left."""
+    known = json.loads((folder / "config.json").read_text())
+    return Run(folder, load_run_config(known["config"]), log.read_text())

@@ -13,35 +13,21 @@ from privtune_flwr.audit.command import audit_runs
 from privtune_flwr.audit.options import AuditOptions
 from privtune_flwr.cli import main
 
-SCENARIO = """
-description = "two devices"
-[federation]
-num-supernodes = 2
-[config.data]
-train-examples = 32
-eval-examples = 8
-test-examples = 16
-[config.model]
-max-length = 32
-[config.train]
-epochs = 1
-test-every = 1
-batch-size = 16
-threads = 1
-[compare]
-methods = ["split-clear", "fedavg-lora"]
-"""
+pytestmark = pytest.mark.flower
 
 
-@pytest.mark.flower
-def test_two_methods_end_in_one_table(tmp_path: Path) -> None:
-    scenario = tmp_path / "tiny.toml"
-    scenario.write_text(SCENARIO)
-    runs = tmp_path / "runs"
-    options = ["--runs", str(runs), "--prune", "--jobs", "2"]
-    result = CliRunner().invoke(main, ["compare", str(scenario), *options])
-    logs = "".join(path.read_text()[-3000:] for path in runs.glob("*.log"))
-    assert result.exit_code == 0, result.output + logs
+def compare_again(compared: Path, *options: str) -> None:
+    scenario, runs = str(compared / "tiny.toml"), str(compared / "runs")
+    result = CliRunner().invoke(main, ["compare", scenario, "--runs", runs, *options])
+    assert result.exit_code == 0, result.output
+
+
+def times_of_logs(compared: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in (compared / "runs").glob("*.log")}
+
+
+def test_two_methods_end_in_one_table(compared: Path) -> None:
+    runs = compared / "runs"
     content = json.loads((runs / "comparison.json").read_text())
     split, federated = content["methods"]
     assert (split["method"], federated["method"]) == ("split-clear", "fedavg-lora")
@@ -63,23 +49,24 @@ def test_two_methods_end_in_one_table(tmp_path: Path) -> None:
     assert (runs / "comparison-bytes.svg").exists()
     # each method was run by a process of its own
     assert (runs / "job-2.log").exists()
-    # the same command again finds all done, and starts nothing
-    before = {p: p.stat().st_mtime_ns for p in runs.glob("*.log")}
-    again = CliRunner().invoke(main, ["compare", str(scenario), "--runs", str(runs)])
-    assert again.exit_code == 0
-    assert {p: p.stat().st_mtime_ns for p in runs.glob("*.log")} == before
 
-    # one run was attacked by hand, with one attack; the other is attacked now, the first not again
+
+def test_what_is_done_is_not_started_again(compared: Path) -> None:
+    before = times_of_logs(compared)
+    compare_again(compared)
+    assert times_of_logs(compared) == before
+
+
+def test_each_run_is_attacked_once(compared: Path) -> None:
+    """One was attacked by hand, with one attack; the other is attacked now, the first not again."""
+    runs, before = compared / "runs", times_of_logs(compared)
     options = AuditOptions("quick", only=["retrieval-contextual-l2@*"])
     audit_runs([runs / "split-clear-x1-seed0"], options, console=Console(quiet=True))
     done = (runs / "split-clear-x1-seed0" / "audit" / "audit.json").stat().st_mtime_ns
-    audited = CliRunner().invoke(
-        main, ["compare", str(scenario), "--runs", str(runs), "--audit", "quick"]
-    )
-    assert audited.exit_code == 0, audited.output
+    compare_again(compared, "--audit", "quick")
     assert (runs / "split-clear-x1-seed0" / "audit" / "audit.json").stat().st_mtime_ns == done
     split, federated = json.loads((runs / "comparison.json").read_text())["methods"]
     assert split["attack"]["of"] == "positions"
     assert split["attack"]["tokens"] > 0.9  # clean representations
     assert federated["attack"]["of"] == "distinct tokens"
-    assert {p: p.stat().st_mtime_ns for p in runs.glob("*.log")} == before
+    assert times_of_logs(compared) == before

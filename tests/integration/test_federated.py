@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from federation_kit import Run
+from federation_kit import Run, finished
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from privtune_flwr.config import ConfigError
@@ -20,23 +19,12 @@ from privtune_flwr.results.run_folder import open_run_folder
 
 pytestmark = pytest.mark.flower
 
-SETTINGS: dict[str, Any] = {
-    "model.tuning": "lora",
-    "model.lora-rank": 2,
-    "model.max-length": 32,
-    "data.train-examples": 48,
-    "data.eval-examples": 8,
-    "data.test-examples": 40,
-    "train.strategy": "fedavg",
-    "train.learning-rate": 1e-3,
-    "train.batch-size": 8,
-    "train.test-every": 1,
-}
-
 
 @pytest.fixture(scope="module")
-def run(federate: Callable[..., Run]) -> Run:
-    return federate("fedavg", SETTINGS, devices=2)
+def run(compared: Path) -> Run:
+    """Run FedAvg on adapters of rank 2: two devices, 48 examples, two rounds."""
+    name = "fedavg-lora-x1-seed0"
+    return finished(compared / "runs" / name, compared / "runs" / f"{name}.log")
 
 
 def test_the_results_tell_what_was_done(run: Run) -> None:
@@ -104,7 +92,7 @@ def test_the_log_holds_no_text(run: Run) -> None:
 
 
 def test_a_finished_run_is_not_overwritten_and_opens_again(run: Run) -> None:
-    with pytest.raises(ConfigError, match=r"run\.name = 'fedavg': .* exists"):
+    with pytest.raises(ConfigError, match=r"run\.name = 'fedavg-lora-x1-seed0': .* exists"):
         open_run_folder(run.config)
     again = run.config.run.model_copy(update={"resume": True})
     folder = open_run_folder(run.config.model_copy(update={"run": again}))
