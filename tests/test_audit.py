@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class WordTokenizer:
 
 
 TOKENIZER: Any = WordTokenizer()
+SENTENCES = 75  # of real text
 
 
 def test_content_tokens() -> None:
@@ -132,7 +133,14 @@ def test_retrieval_refuses_what_does_not_go_together() -> None:
 
 @pytest.fixture(scope="module")
 def real() -> Real:
-    return real_model(cut=2, sentences=150)
+    """Half of the private sentences that other files look at: a model in memory serves both."""
+    whole = real_model(cut=2, sentences=150)
+    return replace(
+        whole,
+        texts=whole.texts[:SENTENCES],
+        sequences=whole.sequences[:SENTENCES],
+        clean=whole.clean[:SENTENCES],
+    )
 
 
 def attacked(real: Real, attack: Attack, mechanism: Mechanism, released: Released) -> Recovery:
@@ -194,6 +202,30 @@ def test_privtune_hides_from_the_unaware_and_not_from_the_adaptive(
         assert found.content > 0.90, attack.key
 
 
+def test_levels_know_what_they_are_said_to_know(real: Real, privtuned: PrivTuned) -> None:
+    unaware = real.knowledge("unaware", privtuned.mechanism)
+    adaptive = real.knowledge("adaptive", privtuned.mechanism)
+    own = real.knowledge("in-domain", privtuned.mechanism)
+    assert unaware.shift is None
+    clean, pair = unaware.clean(2000)[0], unaware.pairs(2000)[0]
+    np.testing.assert_array_equal(clean.rows, pair.rows)
+    assert adaptive.shift is not None
+    moved = adaptive.pairs(2000)[0]
+    np.testing.assert_array_equal(moved.ids, pair.ids)
+    assert np.linalg.norm(moved.rows - pair.rows, axis=1).mean() > 0.3 * real.public.unit
+    np.testing.assert_allclose(adaptive.means - adaptive.clean_means, adaptive.shift, atol=1e-3)
+    # In-domain text comes first and moves counts, prior and means of the words it has.
+    np.testing.assert_array_equal(own.clean(500)[0].ids, real.in_domain[0])
+    assert own.counts.sum() == adaptive.counts.sum() + sum(len(s) for s in own.in_domain)
+    assert own.prior.sum() == pytest.approx(1)
+    unseen = own.counts == 0
+    np.testing.assert_array_equal(own.clean_means[unseen], adaptive.clean_means[unseen])
+    first = int(real.in_domain[0][1])
+    assert not np.array_equal(own.clean_means[first], adaptive.clean_means[first])
+    with pytest.raises(ValueError, match="no in-domain text"):
+        type(own)("adaptive", real.bottom, real.public, privtuned.mechanism, own.in_domain)
+
+
 def test_unshifted_rows_are_nearer_to_the_clean_ones(real: Real, privtuned: PrivTuned) -> None:
     posterior = ShiftPosterior.fit(privtuned.mechanism, real.public)
     clean = np.concatenate(real.clean)
@@ -219,27 +251,3 @@ def test_strong_noise_brings_everyone_near_the_floor(real: Real, tmp_path: Path)
     for level in ("adaptive", "in-domain"):
         found = attacked(real, Gaussian(level), mechanism, released)  # type: ignore[arg-type]
         assert found.all < 2 * floor
-
-
-def test_levels_know_what_they_are_said_to_know(real: Real, privtuned: PrivTuned) -> None:
-    unaware = real.knowledge("unaware", privtuned.mechanism)
-    adaptive = real.knowledge("adaptive", privtuned.mechanism)
-    own = real.knowledge("in-domain", privtuned.mechanism)
-    assert unaware.shift is None
-    clean, pair = unaware.clean(2000)[0], unaware.pairs(2000)[0]
-    np.testing.assert_array_equal(clean.rows, pair.rows)
-    assert adaptive.shift is not None
-    moved = adaptive.pairs(2000)[0]
-    np.testing.assert_array_equal(moved.ids, pair.ids)
-    assert np.linalg.norm(moved.rows - pair.rows, axis=1).mean() > 0.3 * real.public.unit
-    np.testing.assert_allclose(adaptive.means - adaptive.clean_means, adaptive.shift, atol=1e-3)
-    # In-domain text comes first and moves counts, prior and means of the words it has.
-    np.testing.assert_array_equal(own.clean(500)[0].ids, real.in_domain[0])
-    assert own.counts.sum() == adaptive.counts.sum() + sum(len(s) for s in own.in_domain)
-    assert own.prior.sum() == pytest.approx(1)
-    unseen = own.counts == 0
-    np.testing.assert_array_equal(own.clean_means[unseen], adaptive.clean_means[unseen])
-    first = int(real.in_domain[0][1])
-    assert not np.array_equal(own.clean_means[first], adaptive.clean_means[first])
-    with pytest.raises(ValueError, match="no in-domain text"):
-        type(own)("adaptive", real.bottom, real.public, privtuned.mechanism, own.in_domain)

@@ -13,6 +13,7 @@ from audit_kit import Real, real
 from numpy.typing import NDArray
 from tiny_models import one_thread
 
+from privtune_flwr.audit.attacks import context
 from privtune_flwr.audit.attacks.base import PosteriorAttack, Released
 from privtune_flwr.audit.attacks.bigram import Bigram
 from privtune_flwr.audit.attacks.context import Context
@@ -30,6 +31,12 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _little_text_to_choose_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the usual tokens choose between four exponents: each is a pass over the vocabulary."""
+    monkeypatch.setattr(context, "_TRIED_TOKENS", 300)
+
+
 class Blank(PosteriorAttack):
     """Sees nothing in any row; counts how often it is fitted."""
 
@@ -43,6 +50,9 @@ class Blank(PosteriorAttack):
 
     def log_posterior(self, rows_td: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.tile(self._log_prior_V, (len(rows_td), 1)).astype(np.float32)
+
+    def held_out(self, knowledge: Any) -> Any:
+        return knowledge.pairs(60)  # however far it is believed, it says nothing
 
 
 def attacked(
@@ -107,8 +117,8 @@ def test_forward_backward_equals_enumeration(own: int) -> None:
 def test_nothing_released_reads_as_much_as_the_lengths_alone() -> None:
     world = real(0, 150)
     mechanism = world.build(Path(), mechanism="none")
-    private = world.sequences[:50]
-    released = Released([np.zeros_like(h) for h in world.clean[:50]])
+    private = world.sequences[:30]
+    released = Released([np.zeros_like(h) for h in world.clean[:30]])
     inner = Blank("in-domain")
     attack = Context(inner)
     knowledge = world.knowledge("in-domain", mechanism)
@@ -143,8 +153,8 @@ def test_exact_map_reads_what_the_table_says_and_context_reads_more() -> None:
     assert abs(found - expected) < 3 * error
 
     gaussian, _ = attacked(world, Gaussian("adaptive"), mechanism, rounded)
-    assert found >= gaussian
-    fewer = Released(rounded.rows[:50])
+    assert found > gaussian - error  # the best in expectation, not on every sample
+    fewer = Released(rounded.rows[:40])
     with_context, _ = attacked(world, Context(exact), mechanism, fewer)
     assert with_context > 1.5 * found
     own_text, _ = attacked(world, Context(Exact("in-domain")), mechanism, fewer)
@@ -171,7 +181,7 @@ def test_expectation_by_hand_and_what_has_no_table() -> None:
 def test_context_helps_against_noise() -> None:
     world = real(2, 60)
     mechanism = world.build(Path(), mechanism="dchi", noise=4.0)
-    released = world.release(mechanism)
+    released = Released(world.release(mechanism).rows[:40])
     inner = Gaussian("adaptive")
     alone, _ = attacked(world, inner, mechanism, released)
     with_context, _ = attacked(world, Context(inner), mechanism, released)

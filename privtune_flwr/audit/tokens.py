@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -118,8 +119,9 @@ def special_mask(tokenizer: PreTrainedTokenizerBase, size: int) -> NDArray[np.bo
     return mask
 
 
+@lru_cache(maxsize=4)  # every attack's measures ask for it, and it walks the whole vocabulary
 def content_mask(tokenizer: PreTrainedTokenizerBase, size: int) -> NDArray[np.bool_]:
-    """Mark content tokens, shape (size,).
+    """Mark content tokens, shape (size,); the array is shared and cannot be written to.
 
     They are made of letters only once a word-piece or word-start mark (``##``, ``Ġ``, ``▁``) is
     taken off, have at least two letters, and are not in scikit-learn's ``ENGLISH_STOP_WORDS``.
@@ -134,6 +136,7 @@ def content_mask(tokenizer: PreTrainedTokenizerBase, size: int) -> NDArray[np.bo
             word = word.removeprefix(mark)
         mask[index] = len(word) >= 2 and word.isalpha() and word.lower() not in ENGLISH_STOP_WORDS
     mask[special_mask(tokenizer, size)] = False
+    mask.flags.writeable = False
     return mask
 
 
