@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import stat
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,25 @@ def test_a_simulated_device_is_reproducible_and_belongs_to_its_run(
         simulated_root("../../somewhere")
 
 
-def _open_all(roots: list[Path]) -> list[tuple[bytes, str]]:
-    return [(home.secret, home.device_id) for home in map(home_at, roots)]
+def _open_all(meet: Barrier, roots: list[Path], found: Path) -> None:
+    meet.wait(60)
+    homes = [home_at(root) for root in roots]
+    found.write_text(json.dumps([(home.secret.hex(), home.device_id) for home in homes]))
 
 
 def test_processes_that_meet_at_the_first_use_agree(tmp_path: Path) -> None:
     roots = [tmp_path / str(n) for n in range(40)]
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        seen = pool.map(_open_all, [roots] * 3, chunksize=1)
+    # spawned: other tests leave threads behind, whose locks a fork would inherit for good
+    spawn = multiprocessing.get_context("spawn")
+    meet, found = spawn.Barrier(3), [tmp_path / f"{n}.json" for n in range(3)]
+    family = [spawn.Process(target=_open_all, args=(meet, roots, file)) for file in found]
+    for process in family:
+        process.start()
+    for process in family:
+        process.join(120)
+    seen = [json.loads(file.read_text()) for file in found]
     assert seen[0] == seen[1] == seen[2]
-    assert len(set(seen[0])) == 40
+    assert len({secret for secret, _ in seen[0]}) == len({name for _, name in seen[0]}) == 40
     assert not list(tmp_path.glob("*/tmp*"))
 
 
