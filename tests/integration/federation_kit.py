@@ -24,7 +24,7 @@ NOISY: dict[str, Scalar] = {
     "privacy.mechanism": "dchi",
     "privacy.noise": 6.0,
     "privacy.release-policy": "per-epoch",
-    "data.train-examples": 120,
+    "data.train-examples": 72,
     "data.test-examples": 40,
     "train.evaluate-every": 2,
     "run.seed": 3,

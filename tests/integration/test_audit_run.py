@@ -61,7 +61,7 @@ def test_an_audit_says_what_it_found(run: Run, audited: dict[str, Any]) -> None:
     assert audited["valid"]
     assert all(canary["passed"] for canary in audited["canaries"])
     assert audited["evidence"]["kind"] == "private"
-    assert audited["evidence"]["sentences"] == 120
+    assert audited["evidence"]["sentences"] == 72
     assert {s["attack"] for s in audited["sentences"]} == {"context-bigram+gaussian@in-domain"}
     percent = f"{100 * found['context-bigram+gaussian@in-domain']['top1']['value']:.1f} %"
     assert percent in audited["headline"]
@@ -73,7 +73,7 @@ def test_an_audit_says_what_it_found(run: Run, audited: dict[str, Any]) -> None:
 def test_repeats_in_the_store_are_averaged(run: Run, audited: dict[str, Any]) -> None:
     repeats = audited["repeats"]
     assert (repeats["policy"], repeats["releases_in_store"]) == ("per-epoch", 2)
-    assert repeats["differing"] == 120
+    assert repeats["differing"] == 72
     once = next(a for a in audited["attacks"] if a["key"] == "gaussian@adaptive")["measures"]
     twice = repeats["averaged_in_store"]["measures"]
     assert twice["top1"]["value"] > once["top1"]["value"] + 0.05
