@@ -281,7 +281,7 @@ def termination_unwinds() -> Iterator[None]:
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """Environment for Flower's processes: own home, no telemetry, no installing at run time."""
+    """Environment of Flower's and Ray's processes: own home, no telemetry, nothing installed."""
     scripts = str(Path(sys.executable).parent)
     return {
         **os.environ,
@@ -289,6 +289,9 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # workers that Ray starts before it knows what for: an actor of ours starts its own
+        "RAY_prestart_worker_first_driver": "0",
         "PRIVTUNE_CACHE": str(cache_root()),
         "TOKENIZERS_PARALLELISM": "false",
         # the SuperLink starts its helpers by name
