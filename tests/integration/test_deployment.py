@@ -141,6 +141,9 @@ def test_devices_with_their_owners_word_take_part(
     used = {json.loads(line)["device"] for line in (run.folder / "store/index.jsonl").open()}
     identities = {(homes[name] / "device-id").read_text() for name in ("own", "part")}
     assert used - {"cloud"} == identities
+    # the bottom model in one message: each is a new process on a device
+    accounts = run.results["traffic"]["devices"]
+    assert [accounts[device].get("provision_messages") for device in identities] == [1, 1]
     assert run.results["final"]["test_accuracy"] > 0
     assert run.results["final"]["eval_examples"] >= 12
 
