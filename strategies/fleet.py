@@ -158,7 +158,7 @@ def provision(
 
     Where devices share a disk (a simulation) one device is sent it first, then the others are
     asked: they hold it by now, and the bundle has crossed once. Real devices get each part at
-    once: one more message is a new process on each of them, and 6 to 11 seconds.
+    once: every further message is a new process on each of them.
 
     Parameters
     ----------
@@ -181,9 +181,9 @@ def provision(
     sender = _Sender(fleet, exchange, run_id, manifest.to_json(), parts)
     with exchange.purpose(PROVISIONING):
         shared = in_simulation()
-        for wave in (lacking[:1], lacking[1:]) if shared else (lacking,):
-            asked = wave and (shared or not held)
-            group = sender.send(wave, INQUIRY, b"") if asked else wave
+        waves = (lacking[:1], lacking[1:]) if shared else (lacking,)
+        for wave in filter(None, waves):
+            group = sender.send(wave, INQUIRY, b"") if shared or not held else wave
             for number, data in enumerate(read_parts(folder, manifest, PART_BYTES)):
                 if not group:
                     break

@@ -12,8 +12,8 @@ from privtune_flwr.errors import RunError
 pytestmark = pytest.mark.flower
 
 SETTINGS = {
-    "privacy.mechanism": "dchi",
-    "privacy.eta": 50.0,
+    "privacy.mechanism": "privtune",
+    "privacy.decoder": True,
     "model.cut": 2,
     "train.epochs": 2,
     "data.train-examples": 192,
